@@ -1,0 +1,139 @@
+"""Checkpoints: safetensors for tensors, JSON for the rest, written atomically, read without pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trimtab.errors import RecordError
+
+_TENSOR = "__tensor__"
+_TUPLE = "__tuple__"
+_ITEMS = "__items__"
+
+
+def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], *, keep: int = 2) -> Path:
+    """Write `state` as `FOLDER/checkpoints/step-NNNNNNNN` and return that path.
+
+    `state` may nest dicts (with string or integer keys), lists, tuples, tensors, strings, numbers, booleans and None:
+    what a model's, an optimizer's and a scheduler's `state_dict` hold. Dtype and shape of every tensor are kept. The
+    checkpoint appears under its name only when it is whole and on disk; the newest `keep` are kept.
+
+    Raises:
+        RecordError: if the folder cannot be written or `state` holds something else; nothing that was there is lost.
+    """
+    home = Path(folder) / "checkpoints"
+    final = home / f"step-{step:08d}"
+    partial = home / f".partial-{step:08d}-{os.getpid()}"
+    tensors: dict[str, Tensor] = {}
+    try:
+        tree = _flatten(state, tensors)
+        home.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        save_file(tensors, partial / "tensors.safetensors")
+        (partial / "state.json").write_text(json.dumps({"step": step, "state": tree}))
+        for path in (*partial.iterdir(), partial):
+            _sync(path)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(home)
+        for old in sorted(home.glob("step-*"))[:-keep]:
+            shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise RecordError(f"cannot write a checkpoint in {home}: {error}.") from error
+    return final
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of a run, or None."""
+    found = sorted(path for path in (Path(folder) / "checkpoints").glob("step-*") if (path / "state.json").is_file())
+    return found[-1] if found else None
+
+
+def load_checkpoint(path: str | Path) -> tuple[int, dict[str, Any]]:
+    """Read a checkpoint: its step and its state, every tensor with the dtype and shape it had.
+
+    Raises:
+        RecordError: if it is missing or damaged.
+    """
+    path = Path(path)
+    try:
+        tensors = load_file(path / "tensors.safetensors")
+        document = json.loads((path / "state.json").read_text())
+        return int(document["step"]), _restore(document["state"], tensors)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise RecordError(f"{path} is not a readable checkpoint: {error}.") from error
+
+
+def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Replace each tensor by a reference and each dict by its items, so that JSON keeps key types and order."""
+    if isinstance(value, Tensor):
+        key = f"t{len(tensors)}"
+        # Clone: safetensors refuses tensors that share storage, as tied weights and views do.
+        tensors[key] = value.detach().to("cpu", copy=True).contiguous().clone()
+        return {_TENSOR: key}
+    if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, (str, int)) or isinstance(key, bool):
+                raise RecordError(f"a checkpoint's keys are strings or integers, got {key!r}.")
+        return {_ITEMS: [[key, _flatten(entry, tensors)] for key, entry in value.items()]}
+    if isinstance(value, tuple):
+        return {_TUPLE: [_flatten(entry, tensors) for entry in value]}
+    if isinstance(value, list):
+        return [_flatten(entry, tensors) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise RecordError(f"a checkpoint holds tensors and plain values, got {type(value).__name__}.")
+
+
+def _restore(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_restore(entry, tensors) for entry in value]
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        if _TUPLE in value:
+            return tuple(_restore(entry, tensors) for entry in value[_TUPLE])
+        return {key: _restore(entry, tensors) for key, entry in value[_ITEMS]}
+    return value
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def step_of(path: Path) -> int:
+    """Return the step in a checkpoint's name."""
+    match = re.fullmatch(r"step-(\d+)", path.name)
+    if match is None:
+        raise RecordError(f"{path} is not a checkpoint: its name is not step-NNNNNNNN.")
+    return int(match.group(1))
+
+
+def rng_state() -> dict[str, Any]:
+    """Return the state of torch's random generators, of the CPU and of every accelerator in use."""
+    devices = [torch.cuda.get_rng_state(index) for index in range(torch.cuda.device_count())]
+    return {"cpu": torch.get_rng_state(), "cuda": devices}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    for index, device in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(device, index)

@@ -1,0 +1,186 @@
+"""Write a run's record: buffered, acknowledged by `flush`, never in the way of training."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.errors import RecordError
+from trimtab.record.schema import SCHEMA, TABLES, check_schema, record_path
+
+_KEEP = 200_000
+"""Rows kept in memory while the disk refuses them; beyond that the oldest are dropped, and an event says so."""
+
+
+class Recorder:
+    """Append signals and events of one run to `FOLDER/rank{rank}.sqlite`.
+
+    What was logged before a `flush` that returned is *acknowledged*: it survives `kill -9`. A disk that fills up or turns
+    read-only while training never raises into the loop: one warning is given, the rows stay in memory and are written
+    when the disk takes them again.
+
+    Args:
+        folder: the run's folder; made if it is missing.
+        rank: this process's rank; each rank writes its own file.
+        resume: continue an existing record (a step logged again replaces the old row) instead of refusing it.
+        flush_every: seconds between automatic flushes.
+
+    Raises:
+        RecordError: if the folder cannot be written, or holds a record and `resume` is false.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with Recorder(folder) as recorder:
+        ...         recorder.log(0, "loss", 5.5)
+        ...         recorder.log(0, "grad_norm_by_module", [0.5, 0.25], labels=["head", "body"])
+        ...         print(recorder.flush())
+        2
+    """
+
+    def __init__(
+        self, folder: str | Path, *, rank: int = 0, resume: bool = False, flush_every: float = 1.0
+    ) -> None:
+        self.folder = Path(folder)
+        self.path = record_path(self.folder, rank)
+        self._flush_every = flush_every
+        self._samples: list[tuple[int, int, bytes]] = []
+        self._events: list[tuple[int, str, str, str, float]] = []
+        self._meta: dict[str, str] = {}
+        self._ids: dict[tuple[str, tuple[str, ...]], int] = {}
+        self._new_signals: list[tuple[int, str, str]] = []
+        self._acknowledged = 0
+        self._dropped = 0
+        self._warned = False
+        self._last_flush = time.monotonic()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if self.path.exists() and not resume:
+                raise RecordError(f"{self.folder} already holds a run: choose another folder, or resume it.")
+            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+            self._open(rank)
+        except (OSError, sqlite3.Error) as error:
+            if isinstance(error, RecordError):
+                raise
+            raise RecordError(f"cannot write a record in {self.folder}: {_reason(error)}.") from error
+
+    def _open(self, rank: int) -> None:
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
+        self._db.executescript(TABLES)
+        known = dict(self._db.execute("SELECT key, value FROM meta").fetchall())
+        if "schema" in known:
+            check_schema(json.loads(known["schema"]), self.path)
+        for number, name, labels in self._db.execute("SELECT id, name, labels FROM signal"):
+            self._ids[name, tuple(json.loads(labels))] = number
+        self.meta("schema", SCHEMA)
+        self.meta("rank", rank)
+        self.meta("status", "running")
+        self.meta("updated", time.time())
+        self._write()
+
+    def log(
+        self, step: int, name: str, value: float | Sequence[float] | np.ndarray, labels: Sequence[str] = ()
+    ) -> None:
+        """Append one entry of a signal: a number, or one number for each label. NaN and infinities are kept as they are.
+
+        Raises:
+            ValueError: if the number of values is not the number of labels.
+        """
+        array = np.atleast_1d(np.asarray(value, dtype="<f8"))
+        if array.size != max(1, len(labels)):
+            raise ValueError(f"signal {name!r} has {len(labels)} labels and {array.size} values: give one for each.")
+        key = (name, tuple(labels))
+        number = self._ids.get(key)
+        if number is None:
+            number = self._ids[key] = max(self._ids.values(), default=0) + 1
+            self._new_signals.append((number, name, json.dumps(list(labels))))
+        self._samples.append((number, int(step), array.tobytes()))
+        if time.monotonic() - self._last_flush >= self._flush_every:
+            self.flush()
+
+    def event(self, step: int, kind: str, message: str, data: Mapping[str, Any] | None = None) -> None:
+        """Append an event: its kind, a line for people, and data for programs."""
+        self._events.append((int(step), kind, message, json.dumps(dict(data or {})), time.time()))
+
+    def meta(self, key: str, value: Any) -> None:
+        """Set a fact about the run (any JSON value); the latest one counts."""
+        self._meta[key] = json.dumps(value)
+
+    def flush(self) -> int:
+        """Commit what was logged and return how many rows are acknowledged in all.
+
+        A failing disk gives one warning; the count then does not grow.
+        """
+        self._last_flush = time.monotonic()
+        try:
+            self._write()
+        except sqlite3.Error as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    f"trimtab cannot write {self.path} ({_reason(error)}): training goes on, signals wait in memory.",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            self._shed()
+        return self._acknowledged
+
+    def _write(self) -> None:
+        self.meta("updated", time.time())
+        if self._dropped:
+            message = f"{self._dropped} signal rows were dropped while the disk refused them"
+            self._events.append((-1, "rows-dropped", message, json.dumps({"rows": self._dropped}), time.time()))
+            self._dropped = 0
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._db.executemany("INSERT OR REPLACE INTO signal VALUES (?, ?, ?)", self._new_signals)
+            self._db.executemany("INSERT OR REPLACE INTO sample VALUES (?, ?, ?)", self._samples)
+            self._db.executemany(
+                "INSERT INTO event(step, kind, message, data, time) VALUES (?, ?, ?, ?, ?)", self._events
+            )
+            self._db.executemany("INSERT OR REPLACE INTO meta VALUES (?, ?)", self._meta.items())
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        self._acknowledged += len(self._samples) + len(self._events)
+        self._new_signals.clear()
+        self._samples.clear()
+        self._events.clear()
+        self._meta.clear()
+
+    def _shed(self) -> None:
+        if len(self._samples) > _KEEP:
+            excess = len(self._samples) - _KEEP
+            del self._samples[:excess]
+            self._dropped += excess
+
+    def close(self, status: str = "finished") -> None:
+        """Commit everything, set the run's status and close the file. Closing twice is harmless."""
+        if self._db is None:
+            return
+        self.meta("status", status)
+        self.flush()
+        self._db.close()
+        self._db = None  # type: ignore[assignment]
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and self._db is not None:
+            self.event(-1, "exception", f"{type(error).__name__}: {error}")
+        self.close("finished" if error is None else "failed")
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().rstrip(".").replace("\n", " ") or type(error).__name__

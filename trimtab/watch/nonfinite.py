@@ -1,0 +1,99 @@
+"""Find where the first NaN or infinity comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.scalars import to_scalar
+from trimtab.watch.sampling import first_tensor
+from trimtab.watch.undisturbed import undisturbed
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a non-finite value first appears.
+
+    Attributes:
+        module: the module, `""` for the model itself or what feeds it.
+        tensor: `"input"`, `"parameter"`, `"output"`, `"loss"` or `"gradient"`.
+        name: the tensor's name: a parameter's, or the module's.
+        message: one line for people.
+    """
+
+    module: str
+    tensor: str
+    name: str
+    message: str
+
+    def data(self) -> dict[str, str]:
+        """Return the place as plain data."""
+        return {key: value for key, value in asdict(self).items() if key != "message"}
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every element is finite; other than floating-point tensors always are."""
+    return not tensor.is_floating_point() or bool(to_scalar(torch.isfinite(tensor).all()))
+
+
+def locate(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    names: Sequence[str],
+    norms: Sequence[float],
+) -> Origin:
+    """Name the first non-finite tensor of a step, in the order in which it would spread.
+
+    Order: the model's input, its parameters, the first module output of a forward pass run again on the same input
+    (undisturbed), then gradients: the last parameter in the model's order whose gradient is not finite, as backward
+    reaches that one first.
+
+    Args:
+        model: the model, with the weights that the step used.
+        args: positional inputs of its last forward pass.
+        kwargs: keyword inputs of its last forward pass.
+        names: names of the trainable parameters.
+        norms: norm of each one's gradient; empty if there are none.
+    """
+    for value in (*args, *kwargs.values()):
+        tensor = first_tensor(value)
+        if tensor is not None and not is_finite(tensor):
+            return Origin("", "input", "input", "the model's input is not finite")
+    for name, parameter in model.named_parameters():
+        if not is_finite(parameter.detach()):
+            return Origin(name.rpartition(".")[0], "parameter", name, f"parameter {name} is not finite")
+    if (args or kwargs) and (module := _first_bad_output(model, args, kwargs)) is not None:
+        kind = type(model.get_submodule(module)).__name__
+        return Origin(module, "output", module, f"the output of {module or 'the model'} ({kind}) is not finite")
+    bad = [name for name, norm in zip(names, norms, strict=False) if not abs(norm) < float("inf")]
+    if bad and len(bad) < len(names):
+        owner = bad[-1].rpartition(".")[0]
+        return Origin(owner, "gradient", bad[-1], f"the gradient of {bad[-1]} is not finite, its forward pass is")
+    return Origin("", "loss", "loss", "the loss is not finite although every module's output is")
+
+
+def _first_bad_output(model: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> str | None:
+    """Run the forward pass again and return the first module, innermost first, whose output is not finite."""
+    found: list[str] = []
+
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensor = first_tensor(output)
+            if not found and tensor is not None and not is_finite(tensor.detach()):
+                found.append(name)
+
+        return hook
+
+    handles = [module.register_forward_hook(hook_for(name)) for name, module in model.named_modules()]
+    try:
+        with undisturbed(model), torch.no_grad():
+            model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else None

@@ -1,0 +1,97 @@
+"""Look into one forward pass: module outputs, attention and activation functions, attributed to modules by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from trimtab.watch.attention import Attention
+from trimtab.watch.guarded import Probes
+from trimtab.watch.lens import Lens
+
+_PASS_THROUGH = (nn.Identity, nn.Dropout, nn.Flatten, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+
+
+class ForwardSample:
+    """Hooks on every submodule and a lens on torch's functions, for the length of one forward pass.
+
+    Args:
+        model: the root module, whose forward is about to run.
+        probes: who is shown what is seen.
+    """
+
+    def __init__(self, model: nn.Module, probes: Probes) -> None:
+        self._probes = probes
+        self._stack = [""]
+        self._handles: list[RemovableHandle] = []
+        self._lens: Lens | None = None
+        self._watch_outputs = bool(probes.wanting("on_output", sampled=True))
+        shown = reported_modules(model)
+        for name, module in model.named_modules():
+            if module is model:
+                continue
+            self._handles.append(module.register_forward_pre_hook(self._enter(name)))
+            self._handles.append(module.register_forward_hook(self._leave(name, name in shown), always_call=True))
+        if probes.wanting("on_attention", sampled=True) or probes.wanting("on_activation", sampled=True):
+            self._lens = Lens(lambda: self._stack[-1], self._attention, self._activation)
+            self._lens.__enter__()
+
+    def close(self) -> None:
+        """Take every hook away."""
+        if self._lens is not None:
+            self._lens.__exit__(None, None, None)
+            self._lens = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _enter(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self._stack.append(name)
+
+        return hook
+
+    def _leave(self, name: str, shown: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if len(self._stack) > 1:
+                self._stack.pop()
+            tensor = first_tensor(output)
+            if shown and self._watch_outputs and tensor is not None:
+                self._probes.broadcast("on_output", name, tensor.detach(), sampled=True)
+
+        return hook
+
+    def _attention(self, module: str, attention: Attention) -> None:
+        self._probes.broadcast("on_attention", module, attention, sampled=True)
+
+    def _activation(self, module: str, kind: str, output: Tensor) -> None:
+        if output.is_floating_point() and output.numel():
+            self._probes.broadcast("on_activation", module, kind, output.detach(), sampled=True)
+
+
+def reported_modules(model: nn.Module) -> set[str]:
+    """Return names of the modules whose outputs are reported: leaves that compute, and the blocks of module lists."""
+    names = set()
+    for name, module in model.named_modules():
+        blocks = isinstance(module, nn.ModuleList)
+        for child_name, child in module.named_children():
+            leaf = next(child.children(), None) is None
+            if (leaf or blocks) and not isinstance(child, _PASS_THROUGH):
+                names.add(f"{name}.{child_name}" if name else child_name)
+    return names
+
+
+def first_tensor(output: Any) -> Tensor | None:
+    """Return the first floating-point tensor in a module's output: itself, or in a tuple, list, mapping or dataclass."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() and output.numel() else None
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    if isinstance(output, (tuple, list)):
+        for entry in output:
+            if (tensor := first_tensor(entry)) is not None:
+                return tensor
+    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,9 +38,9 @@ class TinyAttentionNet(nn.Module):
 class ProbeTestCase:
     """Subclass it, give `probe`, inherit the contract of a probe.
 
-    The inherited tests hold the probe to this: the run it watches is bit-equal to the unwatched one (weights, buffers and
-    random state, with dropout, batch norm, clipping); it gives the signals that it declares, and no others; non-finite
-    values do not make it fail; half-precision models do not make it fail; it keeps no autograd graph.
+    The inherited tests hold the probe to this: the run it watches is bit-equal to the unwatched one (weights, buffers
+    and random state, with dropout, batch norm, clipping); it gives the signals that it declares, and no others;
+    non-finite values do not make it fail; half-precision models do not make it fail; it keeps no autograd graph.
 
     Example:
         A probe's own test file holds its equation tests and::
@@ -59,12 +60,14 @@ class ProbeTestCase:
         """Return the model to watch; override it for a probe that needs another one. It maps [B, L, 6] to [B, L, 5]."""
         return TinyAttentionNet()
 
-    def train(self, to: object, *, watched: bool = True, dtype: torch.dtype = torch.float32, poison: bool = False):
+    def train(
+        self, to: Path, *, watched: bool = True, dtype: torch.dtype = torch.float32, poison: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Train the model for a few steps; return its state and torch's random state."""
         torch.manual_seed(0)
         model = self.model().to(dtype)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-        watch = Watch(model, optimizer, to=str(to), every=2, probes=[self.probe()]).start() if watched else None
+        watch = Watch(model, optimizer, to=to, every=2, probes=[self.probe()]).start() if watched else None
         for step in range(self.steps):
             x_BLD, targets_BL = torch.randn(4, 7, 6, dtype=dtype), torch.randint(5, (4, 7))
             if poison and step == 2:
@@ -80,7 +83,7 @@ class ProbeTestCase:
             watch.close()
         return copy.deepcopy(model.state_dict()), torch.get_rng_state()
 
-    def test_watching_changes_nothing(self, tmp_path) -> None:
+    def test_watching_changes_nothing(self, tmp_path: Path) -> None:
         """Weights, buffers and random state are bit-equal with and without the probe."""
         watched, watched_rng = self.train(tmp_path)
         free, free_rng = self.train(tmp_path, watched=False)
@@ -88,7 +91,7 @@ class ProbeTestCase:
         assert all(torch.equal(watched[key], free[key]) for key in free)
         assert torch.equal(watched_rng, free_rng)
 
-    def test_gives_the_signals_it_declares(self, tmp_path) -> None:
+    def test_gives_the_signals_it_declares(self, tmp_path: Path) -> None:
         """Every recorded signal is declared by the probe or the watch, and the probe gives at least one of its own."""
         self.train(tmp_path)
         with Run(tmp_path) as run:
@@ -98,13 +101,13 @@ class ProbeTestCase:
         assert recorded - {"loss", "lr", "grad_clip"} <= declared
         assert recorded & declared
 
-    def test_survives_non_finite_values(self, tmp_path) -> None:
+    def test_survives_non_finite_values(self, tmp_path: Path) -> None:
         """A NaN in the model's input is recorded, not raised."""
         self.train(tmp_path, poison=True)
         with Run(tmp_path) as run:
             assert [event.kind for event in run.events()] == ["non-finite"]
 
-    def test_survives_half_precision(self, tmp_path) -> None:
+    def test_survives_half_precision(self, tmp_path: Path) -> None:
         """A bfloat16 model is watched like any other."""
         self.train(tmp_path, dtype=torch.bfloat16)
         with Run(tmp_path) as run:

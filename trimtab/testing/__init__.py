@@ -1,0 +1,40 @@
+"""The public conformance kit: subclass a test case, give it one fixture, inherit the whole contract.
+
+    class TestMyLoss(trimtab.testing.LossTestCase):
+        loss = staticmethod(my_loss)
+
+The test cases need pytest (`pip install 'trimtab[testing]'`); nothing else in trimtab does.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.testing.layers import LayerTestCase
+    from trimtab.testing.losses import LossTestCase
+    from trimtab.testing.optimizers import OptimizerTestCase
+    from trimtab.testing.probe import ProbeTestCase
+    from trimtab.testing.ranks import run_ranks
+
+__all__ = ["LayerTestCase", "LossTestCase", "OptimizerTestCase", "ProbeTestCase", "run_ranks"]
+
+_HOME = {
+    "LayerTestCase": "trimtab.testing.layers",
+    "LossTestCase": "trimtab.testing.losses",
+    "OptimizerTestCase": "trimtab.testing.optimizers",
+    "ProbeTestCase": "trimtab.testing.probe",
+    "run_ranks": "trimtab.testing.ranks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME and importlib.util.find_spec(_HOME[name]) is not None:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'trimtab.testing' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(name for name, home in _HOME.items() if importlib.util.find_spec(home) is not None)

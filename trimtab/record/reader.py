@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sqlite3
+import tempfile
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,24 +88,33 @@ class Run:
             raise RecordError(f"{self.folder} holds no run: {self.path.name} is missing.")
         try:
             self._db = self._connect()
+            # Not tied to this object's life cycle in any other way: whoever forgets to close it leaves no open file.
+            self._close = weakref.finalize(self, self._db.close)
             self.meta: dict[str, Any] = {
                 key: json.loads(value) for key, value in self._db.execute("SELECT key, value FROM meta")
             }
-        except (sqlite3.Error, ValueError) as error:
+        except (sqlite3.Error, OSError, ValueError) as error:
             raise RecordError(f"{self.path} is not a readable record: {error}.") from error
         check_schema(self.meta.get("schema"), self.path)
 
     def _connect(self) -> sqlite3.Connection:
-        """Open read-only; a folder that cannot be written takes an immutable open, as WAL needs a shared-memory file."""
+        """Open read-only. SQLite may have to write a shared-memory file for that: where it cannot, read a copy."""
         uri = self.path.resolve().as_uri()
         try:
-            db = sqlite3.connect(f"{uri}?mode=ro", uri=True, check_same_thread=False)
-            db.execute("SELECT count(*) FROM meta").fetchone()
-            return db
+            return _opened(f"{uri}?mode=ro")
         except sqlite3.OperationalError:
-            db = sqlite3.connect(f"{uri}?immutable=1", uri=True, check_same_thread=False)
-            db.execute("SELECT count(*) FROM meta").fetchone()
-            return db
+            log = self.path.with_name(f"{self.path.name}-wal")
+            if not log.is_file() or log.stat().st_size == 0:
+                return _opened(f"{uri}?immutable=1")
+        # An immutable open would not see the rows that are still in the write-ahead log.
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / self.path.name
+            shutil.copyfile(self.path, copy)
+            shutil.copyfile(log, copy.with_name(log.name))
+            memory = sqlite3.connect(":memory:", check_same_thread=False)
+            with contextlib.closing(_opened(copy.as_uri())) as source:
+                source.backup(memory)
+            return memory
 
     @property
     def name(self) -> str:
@@ -110,7 +123,7 @@ class Run:
 
     @property
     def status(self) -> str:
-        """`"running"`, `"finished"` or `"failed"`; a killed run stays at `"running"`."""
+        """`"running"`, `"finished"`, `"failed"`, `"diverged"` or `"interrupted"`; a killed run stays at `"running"`."""
         return str(self.meta.get("status", "running"))
 
     @cached_property
@@ -123,11 +136,12 @@ class Run:
 
     def series(self, name: str) -> Series:
         """Return one signal; an unknown one is an empty series."""
-        parts = [
-            (tuple(json.loads(labels)), *self._samples(number, max(1, len(json.loads(labels)))))
-            for number, labels in self._query("SELECT id, labels FROM signal WHERE name = ? ORDER BY id", (name,))
-        ]
-        parts = [part for part in parts if len(part[1])]
+        parts = []
+        for number, text in self._query("SELECT id, labels FROM signal WHERE name = ? ORDER BY id", (name,)):
+            labels = tuple(self._json(text))
+            steps, values = self._samples(number, max(1, len(labels)))
+            if len(steps):
+                parts.append((labels, steps, values))
         if not parts:
             return Series(name, np.empty(0, np.int64), np.empty((0, 1)))
         if len(parts) == 1:
@@ -137,16 +151,16 @@ class Run:
 
     def _samples(self, number: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         rows = self._query("SELECT step, value FROM sample WHERE signal = ? ORDER BY step", (number,))
+        if not all(isinstance(step, int) and isinstance(blob, bytes) and len(blob) == 8 * width for step, blob in rows):
+            raise RecordError(f"{self.path} is damaged: a signal's entries do not have {width} values each.")
         steps = np.array([row[0] for row in rows], dtype=np.int64)
         blob = b"".join(row[1] for row in rows)
-        if len(blob) != 8 * width * len(rows):
-            raise RecordError(f"{self.path} is damaged: a signal's entries do not have {width} values each.")
         return steps, np.frombuffer(blob, dtype="<f8").reshape(len(rows), width)
 
     def events(self, kind: str | None = None) -> list[Event]:
         """Return the events in order, all or of one kind."""
         rows = self._query("SELECT step, kind, message, data, time FROM event ORDER BY id")
-        found = [Event(step, label, message, json.loads(data), when) for step, label, message, data, when in rows]
+        found = [Event(step, label, message, self._json(data), when) for step, label, message, data, when in rows]
         return [event for event in found if kind is None or event.kind == kind]
 
     @cached_property
@@ -161,15 +175,32 @@ class Run:
         except sqlite3.Error as error:
             raise RecordError(f"{self.path} is damaged: {error}.") from error
 
+    def _json(self, text: object) -> Any:
+        try:
+            return json.loads(str(text))
+        except ValueError as error:
+            raise RecordError(f"{self.path} is damaged: {error}.") from error
+
     def close(self) -> None:
-        """Close the file."""
-        self._db.close()
+        """Close the file. Closing twice is harmless."""
+        self._close()
 
     def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _opened(uri: str) -> sqlite3.Connection:
+    """Open a database and read from it, as SQLite itself only does so at the first query."""
+    db = sqlite3.connect(uri, uri=True, check_same_thread=False)
+    try:
+        db.execute("SELECT count(*) FROM meta").fetchone()
+    except sqlite3.Error:
+        db.close()
+        raise
+    return db
 
 
 def _merge(name: str, parts: list[tuple[tuple[str, ...], np.ndarray, np.ndarray]]) -> Series:
@@ -180,5 +211,5 @@ def _merge(name: str, parts: list[tuple[tuple[str, ...], np.ndarray, np.ndarray]
     for own, at, entries in parts:
         rows = np.searchsorted(steps, at)
         columns = [labels.index(label) for label in own] or [0]
-        values[np.ix_(rows, columns)] = entries
+        values[np.ix_(rows, np.array(columns))] = entries
     return Series(name, steps, values, labels)

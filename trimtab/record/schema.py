@@ -47,5 +47,6 @@ def check_schema(found: object, path: Path) -> None:
     """
     if found != SCHEMA:
         raise RecordError(
-            f"{path} has record format {found!r}, this trimtab reads format {SCHEMA}: read it with the version that wrote it."
+            f"{path} has record format {found!r}, this trimtab reads format {SCHEMA}: "
+            "read it with the version that wrote it."
         )

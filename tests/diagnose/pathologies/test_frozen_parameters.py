@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import numpy as np
+
+from trimtab.diagnose.pathologies.frozen_parameters import PATHOLOGY
+
+
+def network(made, gradients=(1.0, 1.0, 1.0), updates=(1.0, 0.0, 1.0)):
+    names = ["stem", "body", "head"]
+    signals = made().put("update_norm_by_module", np.tile(updates, (20, 1)), names)
+    return signals.put("grad_norm_by_module", np.tile(gradients, (200, 1)), names, every=1)
+
+
+def test_a_module_with_gradients_that_never_moves_is_found(made) -> None:
+    match = PATHOLOGY.rule(network(made))
+    assert match.severity == "warning"
+    assert match.modules == ("body",)
+    assert (match.first_step, match.last_step) == (0, 190)
+    assert "although gradients reach it" in match.cause
+
+
+def test_a_module_without_gradient_is_told_apart(made) -> None:
+    assert "never had a gradient" in PATHOLOGY.rule(network(made, gradients=(1.0, 0.0, 1.0))).cause
+
+
+def test_single_parameters_outside_the_optimizer_are_named(made) -> None:
+    signals = network(made, updates=(1.0, 1.0, 1.0)).about(outside_optimizer=["body.bias"])
+    match = PATHOLOGY.rule(signals)
+    assert match.modules == ("body",)
+    assert "body.bias" in match.cause
+
+
+def test_what_is_frozen_on_purpose_is_healthy(made) -> None:
+    assert PATHOLOGY.rule(network(made).about(frozen=["body.weight"])) is None
+    assert PATHOLOGY.rule(network(made).about(frozen=["body"])) is None
+    assert PATHOLOGY.rule(network(made).about(frozen=["body.weight"], outside_optimizer=["body.weight"])) is None
+
+
+def test_a_run_in_which_nothing_moves_has_another_fault(made) -> None:
+    assert PATHOLOGY.rule(network(made, updates=(0.0, 0.0, 0.0))) is None
+
+
+def test_one_step_is_movement_and_nan_does_not_blind(made) -> None:
+    moved, odd = network(made), network(made)
+    moved.series("update_norm_by_module").values[7, 1] = 1e-9
+    odd.series("update_norm_by_module").values[::3] = np.nan
+    assert PATHOLOGY.rule(moved) is None
+    assert PATHOLOGY.rule(odd).modules == ("body",)

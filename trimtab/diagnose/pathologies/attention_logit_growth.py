@@ -1,0 +1,111 @@
+"""attention-logit-growth: q.k grows until the softmax saturates, long before the loss shows it.
+
+The rule looks at the largest attention logit of each head. A logit is dangerous where exp() of the differences leaves
+no gradient to any but one key, and where half precision can no longer tell neighbours apart (bfloat16 is spaced by
+0.5 above 64, by 1 above 128).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from trimtab.diagnose.course import loss_course
+from trimtab.diagnose.papers import DEHGHANI, KIMI, WORTSMAN
+from trimtab.diagnose.pathology import Match, Pathology, Signals
+from trimtab.diagnose.robust import Growth, episodes, finite_largest, finite_points, growth, median
+
+SIGNAL = "attention_max_logit"
+LEVEL = 100.0
+"""Kimi K2 clips its attention logits at 100. Ours, measured: healthy runs stay below 50 (lm-small at lr 0.01), sick
+ones pass 300."""
+LEAVE = 70.0
+"""Ours: below this a head has recovered; the gap to LEVEL keeps a head that hovers about it from counting twice."""
+CRITICAL = 1000.0
+"""Kimi K2 (section 2.1): largest logits beyond 1,000 came with loss spikes and divergence in a mid-size run."""
+TROUBLE = 1e4
+"""Wortsman et al. 2023 (section 3.1.1): losses part where the largest logits pass about 1e4."""
+FACTOR = 4.0
+"""Ours: growth over the run's beginning; logits that were large from the start (a pre-trained model) do not grow."""
+HOLD = 3
+"""Samples in a row, so that one odd batch says nothing."""
+LOST = 0.2
+"""Share of the loss's progress lost again that makes the finding critical (ours; healthy runs lose at most 0.08)."""
+
+
+def rule(signals: Signals) -> Match | None:
+    """Fire where a head's largest logit has passed LEVEL and has grown FACTOR-fold since the run began."""
+    series = signals.series(SIGNAL)
+    steps, largest = finite_largest(series)
+    if len(largest) < HOLD:
+        return None
+    began = min(float(largest[0]), median(largest[:HOLD]))
+    # Logits at initialisation are near 0 and of either sign: a ratio to them would say nothing.
+    baseline = max(began, 1.0)
+    leave = max(LEAVE, 2 * baseline)
+    level = max(LEVEL, FACTOR * baseline)
+    onsets: list[tuple[int, int, str]] = []
+    for column, label in enumerate(series.labels or ("",)):
+        at, values = finite_points(series, column)
+        found = episodes(values, enter=level, leave=leave, hold=HOLD)
+        if found:
+            onsets.append((int(at[found[0].first]), int(at[found[-1].last]), label))
+    if not onsets:
+        return None
+    onsets.sort()
+    first, last = onsets[0][0], max(stop for _, stop, _ in onsets)
+    peak = float(np.sort(largest)[-HOLD])
+    evidence: dict[str, float | int | str] = {
+        "signal": SIGNAL,
+        "value": peak,
+        "threshold": level,
+        "baseline": baseline,
+        "ratio": peak / baseline,
+        "heads": len(onsets),
+    }
+    course = loss_course(signals)
+    suffers = course is not None and course.lost > LOST
+    critical = peak >= CRITICAL or suffers
+    # The later half of the trouble: what is still growing.
+    recent = (steps <= last) & (steps >= (first + last) // 2)
+    trend = growth(steps[recent], largest[recent])
+    ahead = _ahead(trend, max(float(largest[recent][-1]), baseline), evidence)
+    over = "" if last >= steps[-1] else f" They came back below {leave:.3g} after step {last}."
+    cause = (
+        f"The largest attention logit grew from {began:.3g} to {peak:.4g}, past {level:.3g} from step {first} on, in "
+        f"{len(onsets)} of {max(1, len(series.labels))} heads: queries and keys outgrow what the softmax of attention can "
+        f"take, which then looks at single keys and passes on hardly any gradient.{over or ahead}"
+    )
+    modules = tuple(label for _, _, label in onsets if label)
+    return Match("critical" if critical else "warning", first, last, modules, evidence, cause)
+
+
+def _ahead(trend: Growth | None, now: float, evidence: dict[str, float | int | str]) -> str:
+    """Say when the logits reach the level of divergence, if they are surely still growing."""
+    if trend is None or trend.low <= 0 or now >= TROUBLE:
+        return ""
+    expected, earliest, latest = trend.steps_to(TROUBLE, now)
+    evidence["doubling_steps"] = math.log(2) / trend.rate
+    evidence["steps_to_1e4"] = expected
+    return f" At this rate they reach {TROUBLE:.0e} in about {expected:.0f} steps ({earliest:.0f} to {latest:.0f})."
+
+
+PATHOLOGY = Pathology(
+    name="attention-logit-growth",
+    needs=(SIGNAL,),
+    rule=rule,
+    citations=(WORTSMAN, DEHGHANI, KIMI),
+    refutes=(
+        "the logits level off while held-out loss keeps falling, or a run with QK-norm on the same seed is no "
+        "better: then the large logits are harmless here"
+    ),
+    explains=(
+        "attention-entropy-collapse",
+        "lr-too-high",
+        "loss-divergence",
+        "loss-spike",
+        "gradient-spike",
+        "non-finite",
+    ),
+)

@@ -1,0 +1,69 @@
+"""initial-loss-off: a classifier begins far worse than guessing: its first logits, or its loss, have the wrong scale.
+
+A classifier that knows nothing has the loss log(n_classes). Logits of standard deviation s at initialisation add about
+s^2 / 2 to it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from trimtab.diagnose.papers import RECIPE
+from trimtab.diagnose.pathology import Match, Pathology, Signals
+from trimtab.diagnose.robust import finite_points
+
+EXCESS = 1.0
+"""Ours, in nats: logits of standard deviation 1.4."""
+RATIO = 2.0
+"""Ours: times log(n_classes): 1.05 at most in healthy runs, 5 and more with a head or loss of the wrong scale."""
+FIRST = 3
+"""Losses at the beginning that must all be high (two if the first is extreme)."""
+
+
+def rule(signals: Signals) -> Match | None:
+    """Fire where the first loss is RATIO times, and EXCESS nats, above log(n_classes)."""
+    classes = signals.meta.get("n_classes")
+    steps, losses = finite_points(signals.series("loss"))
+    # A resumed run, or a record that begins late, has no initial loss.
+    if not isinstance(classes, int) or classes < 2 or not len(losses) or steps[0] > 1:
+        return None
+    guess = math.log(classes)
+    level = max(RATIO * guess, guess + EXCESS)
+    value = float(losses[0])
+    if value < level:
+        return None
+    # One odd batch is not enough: the first three losses are high, or the first two where the first is extreme.
+    sure = 2 if value >= 2 * level else FIRST
+    if not (losses[:sure] >= level).all():
+        return None
+    spread = math.sqrt(2 * (value - guess))
+    evidence: dict[str, float | int | str] = {
+        "signal": "loss",
+        "value": value,
+        "threshold": level,
+        "baseline": guess,
+        "ratio": value / guess,
+        "n_classes": classes,
+        "logit_std_estimate": spread,
+    }
+    above = losses >= level
+    last = int(steps[len(above) - 1]) if above.all() else int(steps[max(0, int((~above).argmax()) - 1)])
+    cause = (
+        f"The first loss is {value:.4g}, {value / guess:.1f} times the {guess:.3g} = log({classes}) of a guess among "
+        f"{classes} classes: the initial logits are far too large (a standard deviation of about {spread:.1f}), or "
+        "the loss is summed or scaled rather than averaged. The first steps are spent on undoing this, with "
+        "gradients of the wrong size."
+    )
+    return Match("warning", int(steps[0]), last, (), evidence, cause)
+
+
+PATHOLOGY = Pathology(
+    name="initial-loss-off",
+    needs=("loss",),
+    rule=rule,
+    citations=(RECIPE,),
+    refutes=(
+        "the loss has other terms, label smoothing or class weights that lift it, or the model begins from a checkpoint"
+    ),
+    explains=("gradient-spike", "exploding-gradient", "non-finite"),
+)

@@ -1,0 +1,85 @@
+"""Sweeps of real runs: curves, S and S+ from the losses themselves, resumed without repeats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trimtab.compare import Sweep, sweep
+from trimtab.errors import UsageError
+
+_GRID = [1e-3, 1e-1, 1e7]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sweep")
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> Sweep:
+    return sweep("digits-mlp", _GRID, folder=folder, remedies=[["lower-lr"]], seeds=2, steps=15, workers=1)
+
+
+def test_curves_hold_the_runs_of_their_settings(result: Sweep) -> None:
+    assert [curve.arm.label for curve in result.curves] == ["without remedy", "lower-lr"]
+    for curve in result.curves:
+        for lr, row in zip(result.lrs, curve.outcomes, strict=True):
+            assert [(out.settings["lr"], out.settings["seed"]) for out in row] == [(lr, 0), (lr, 1)]
+            assert all(out.settings["remedies"] == list(curve.arm.settings.remedies) for out in row)
+
+
+def test_sensitivity_equals_numpy(result: Sweep) -> None:
+    for curve in result.curves:
+        initial = np.array([[out.initial_loss for out in row] for row in curve.outcomes])
+        raw = np.array([[np.inf if out.diverged else out.loss for out in row] for row in curve.outcomes])
+        capped = np.minimum(raw, initial)
+        excess = capped - capped.min(axis=0)
+        best = capped.argmin(axis=0)
+        plus = [excess[start:, seed].mean() for seed, start in enumerate(best)]
+        assert curve.s == pytest.approx(excess.mean())
+        assert curve.s_plus == pytest.approx(np.mean(plus))
+        assert curve.mean_losses == pytest.approx(list(capped.mean(axis=1)))
+
+
+def test_the_curves_are_paired_by_seed(result: Sweep) -> None:
+    found = result.pairs["lower-lr"]
+    assert found["S"].n == found["S_plus"].n == 2
+    difference = result.curves[1].s - result.curves[0].s
+    assert found["S"].mean == pytest.approx(difference)
+
+
+def test_json_is_strict_and_nothing_is_repeated(result: Sweep, folder: Path) -> None:
+    data = json.loads((folder / "sweep.json").read_text(), parse_constant=pytest.fail)
+    assert (data["kind"], data["lrs"]) == ("sweep", _GRID)
+    for curve in data["curves"]:
+        assert np.shape(curve["losses"]) == (3, 2)
+        assert {"label", "S", "S_plus", "best_lr", "initial_loss", "mean"} <= set(curve)
+    before = {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.json")}
+    assert len(before) == 12
+    # A wider sweep takes what is there: only the new points run.
+    wider = sweep("digits-mlp", [*_GRID, 0.5], folder=folder, remedies=[["lower-lr"]], seeds=2, steps=15, workers=1)
+    after = {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.json")}
+    assert len(after) == 16
+    assert {path: after[path] for path in before} == before
+    assert wider.lrs == (1e-3, 1e-1, 0.5, 1e7)
+
+
+@pytest.mark.parametrize(
+    ("lrs", "remedies", "match"),
+    [
+        ([], [], "different learning rates, got none"),
+        ([0.1, 0.1], [], "different learning rates"),
+        ([0.1, -0.1], [], "lr should be greater than 0"),
+        ([0.1], [["lower-lr"], ["lower-lr"]], "given twice"),
+        ([0.1], [["qk-norm"]], "no attention to change"),
+        ([0.1], [["qk-nrom"]], "Did you mean 'qk-norm'"),
+    ],
+)
+def test_wrong_sweeps_are_refused(lrs: list[float], remedies: list[list[str]], match: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=match):
+        sweep("digits-mlp", lrs, folder=tmp_path / "out", remedies=remedies, steps=2)
+    assert not (tmp_path / "out").exists()

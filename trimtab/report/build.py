@@ -1,0 +1,157 @@
+"""Build a report: read the runs, let the doctor examine them, write one HTML file."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import RecordError, UsageError
+from trimtab.report.appendix import glance, settings_section
+from trimtab.report.comparison import comparison_section
+from trimtab.report.curves import Chart, curve_charts
+from trimtab.report.markup import figure, section, swatch
+from trimtab.report.page import page
+from trimtab.report.subject import Examiner, Subject, subjects
+from trimtab.report.sweeps import sweep_section
+from trimtab.report.text import esc
+from trimtab.report.verdict import verdict_section
+
+
+def build_report(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    *,
+    comparison: Mapping[str, Any] | None = None,
+    sweep: Mapping[str, Any] | None = None,
+    title: str | None = None,
+    doctor: Examiner | None = None,
+) -> Path:
+    """Write one self-contained HTML file on runs, a comparison of arms and a learning-rate sweep.
+
+    The file makes no request, opens from disk, and is the same for the same input. It holds plotly.js, so it has about
+    5 MB. It is written aside and renamed: a report that was there before is either whole or replaced.
+
+    Args:
+        runs: folders of runs; their curves are drawn over each other.
+        out: the file to write; folders that are missing are made.
+        comparison: what `Comparison.to_json` returns, or None.
+        sweep: what `Sweep.to_json` returns, or None.
+        title: the heading; by default what is compared, or the runs' names.
+        doctor: what examines the runs; by default a `Doctor` with every pathology.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        RecordError: if a run cannot be read or the file cannot be written.
+        UsageError: if there is nothing to report.
+    """
+    if not runs and not comparison and not sweep:
+        raise UsageError("a report needs something to show, got no runs: give at least one run's folder.")
+    path = Path(out)
+    if path.is_dir():
+        raise RecordError(
+            f"cannot write the report: {path} is a folder, give a file name such as {path / 'report.html'}."
+        )
+    shown = subjects(runs, doctor or _doctor()) if runs else []
+    if comparison:
+        shown = _in_tones_of(comparison, shown)
+    heading = title or _title(shown, comparison, sweep)
+    _write(path, _document(heading, shown, comparison, sweep))
+    return path
+
+
+def _doctor() -> Examiner:
+    from trimtab.diagnose.doctor import Doctor  # walks every pathology: only when no other doctor is given
+
+    return Doctor()
+
+
+def _title(runs: Sequence[Subject], comparison: Mapping[str, Any] | None, sweep: Mapping[str, Any] | None) -> str:
+    if comparison:
+        return f"Comparison on {comparison.get('workload', '')}"
+    if runs:
+        names = [run.name for run in runs]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"Sweep on {(sweep or {}).get('workload', '')}"
+
+
+def _in_tones_of(comparison: Mapping[str, Any], runs: Sequence[Subject]) -> list[Subject]:
+    """Give each run the colour and marker of its arm, if every run is of an arm of its own."""
+    arms = {
+        Path(str(outcome.get("folder"))).name: index
+        for index, arm in enumerate(comparison.get("arms") or ())
+        for outcome in arm.get("outcomes") or ()
+    }
+    tones = [arms.get(run.run.name) for run in runs]
+    if len({tone for tone in tones if tone is not None}) < len(runs):
+        return list(runs)
+    return [replace(run, tone=tone) for run, tone in zip(runs, tones, strict=True) if tone is not None]
+
+
+def _document(
+    title: str, runs: Sequence[Subject], comparison: Mapping[str, Any] | None, sweep: Mapping[str, Any] | None
+) -> str:
+    curves = curve_charts(runs)
+    charts = list(curves)
+    parts: list[tuple[str, str, str]] = []
+    if runs or comparison:
+        parts.append(("verdict", "Verdict", verdict_section(runs, curves, comparison)))
+    if comparison:
+        html, own = comparison_section(comparison)
+        charts += own
+        parts.append(("comparison", "Comparison", html))
+    if curves:
+        parts.append(("curves", "Curves", _curves_section(runs, curves)))
+    if sweep:
+        html, own = sweep_section(sweep)
+        charts += own
+        parts.append(("sweep", "Sweep", html))
+    if html := settings_section(runs):
+        parts.append(("settings", "Settings", html))
+    links = "".join(f'<li><a href="#{anchor}">{name}</a></li>' for anchor, name, _ in parts)
+    header = (
+        f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1>{glance(runs)}'
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
+    )
+    notice = "<noscript><p>The charts need JavaScript; everything else is readable without it.</p></noscript>"
+    main = "".join(html for _, _, html in parts)
+    return page(f"{title} · trimtab report", f"{header}<main>{notice}{main}</main>", charts)
+
+
+def _curves_section(runs: Sequence[Subject], charts: Sequence[Chart]) -> str:
+    hint = "Drag over a chart to zoom all of them to those steps; double-click to return."
+    marks = (
+        " Shaded steps and dashed thresholds belong to the findings named above a chart."
+        if any(run.signs for run in runs)
+        else ""
+    )
+    legend = ""
+    if len(runs) > 1:
+        names = "".join(f"<li>{swatch(run.tone)}{esc(run.name)}</li>" for run in runs)
+        legend = f'<ul class="legend" aria-label="Runs">{names}</ul>'
+    groups = "".join(
+        f'<h3>{esc(group)}</h3><div class="grid">{"".join(figure(chart) for chart in members)}</div>'
+        for group, members in groupby(charts, key=lambda chart: chart.group)
+    )
+    return section("curves", "Curves", f'<p class="hint">{hint}{marks}</p>{legend}{groups}')
+
+
+def _write(path: Path, document: str) -> None:
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(document)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the folder itself may be what cannot be reached
+            partial.unlink(missing_ok=True)
+        raise RecordError(f"cannot write the report {path}: {error.strerror or error}.") from error

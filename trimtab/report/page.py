@@ -1,0 +1,77 @@
+"""Put a page together: styles, scripts, data and a content security policy that allows exactly these."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+
+from trimtab.report.curves import Chart
+from trimtab.report.text import esc, json_block
+
+# plotly makes empty style elements and fills them through the style sheet's own interface, which no policy governs.
+_EMPTY = ""
+# plotly's bundled map library puts its styles into an element of this id unless there is one: there are no maps here.
+_MAP_STYLE = re.compile(r'getElementById\("([0-9a-f]{64})"\)')
+
+
+def page(title: str, body: str, charts: Sequence[Chart]) -> str:
+    """Return a whole HTML document that needs nothing from outside.
+
+    Args:
+        title: the document's title, plain text.
+        body: the content, safe HTML.
+        charts: descriptions of the charts that the body has places for.
+
+    Returns:
+        The document.
+    """
+    style = _asset("report.css")
+    library, script = _library(), _asset("report.js")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {_hash(library)} {_hash(script)}",
+            f"style-src {_hash(style)} {_hash(_EMPTY)}",
+            "img-src data:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    placeholders = "".join(f'<style id="{name}"></style>' for name in sorted(set(_MAP_STYLE.findall(library))))
+    data = json_block("report-data", {chart.anchor: chart.spec for chart in charts})
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{esc(policy)}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="referrer" content="no-referrer">\n<meta name="color-scheme" content="light dark">\n'
+        f'<title>{esc(title)}</title>\n<link rel="icon" href="data:,">\n<style>{style}</style>{placeholders}\n</head>\n'
+        f"<body>\n{body}\n{data}\n<script>{library}</script>\n<script>{script}</script>\n</body>\n</html>\n"
+    )
+
+
+@cache
+def _asset(name: str) -> str:
+    return _embeddable((files("trimtab.report") / "assets" / name).read_text(encoding="utf-8"))
+
+
+@cache
+def _library() -> str:
+    from plotly.offline import get_plotlyjs  # a fifth of a second to import, needed only when a page is made
+
+    return _embeddable(get_plotlyjs())
+
+
+def _embeddable(source: str) -> str:
+    """Return a script or style as an HTML parser passes it on, so that its hash is the browser's too."""
+    source = source.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
+    return re.sub(r"<(/script|!--)", r"\\x3C\1", source, flags=re.IGNORECASE)
+
+
+@cache
+def _hash(source: str) -> str:
+    digest = hashlib.sha256(source.encode("utf-8")).digest()
+    return f"'sha256-{base64.b64encode(digest).decode('ascii')}'"

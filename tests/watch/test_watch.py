@@ -134,7 +134,9 @@ def test_watched_and_unwatched_runs_are_bit_equal(loop, every, tmp_path):
     with Run(tmp_path) as run:
         assert run.events() == []
         assert run.status == "finished"
-        assert {"loss", "grad_norm", "attention_entropy", "update_norm", "logits_max", "dead_fraction"} <= set(run.signals)
+        assert {"loss", "grad_norm", "attention_entropy", "update_norm", "logits_max", "dead_fraction"} <= set(
+            run.signals
+        )
 
 
 @pytest.mark.parametrize("watched_part", ["compiled", "original"])
@@ -253,26 +255,24 @@ def test_a_faulty_probe_never_changes_or_stops_training(fault, tmp_path):
 
 
 def test_a_disk_that_fails_never_stops_training(tmp_path):
-    def watch_with(model, optimizer):
-        watch = Watch(model, optimizer, to=tmp_path)
-        watch.start()
-        watch.recorder._db.close()
-        watch.recorder._flush_every = 0.0
-        return watch_that_started(watch)
+    class OnBadDisk(Watch):
+        """A watch whose disk refuses every write from the start until just before the end."""
 
-    class watch_that_started:  # noqa: N801
-        def __init__(self, watch):
-            self.watch = watch
+        def start(self):
+            super().start()
+            self.recorder._flush_every = 0.0
+            self.recorder._db.execute("PRAGMA query_only=ON")
+            return self
 
-        def __enter__(self):
-            return self.watch
-
-        def __exit__(self, *_):
-            self.watch.close()
+        def close(self, status="finished"):
+            self.recorder._db.execute("PRAGMA query_only=OFF")
+            super().close(status)
 
     with pytest.warns(RuntimeWarning, match="training goes on"):
-        watched = outcome(plain, watch_with)
+        watched = outcome(plain, lambda model, optimizer: OnBadDisk(model, optimizer, to=tmp_path))
     assert_same(watched, outcome(plain, Unwatched))
+    with Run(tmp_path) as run:
+        assert len(run.series("loss")) == 6
 
 
 class Chain(nn.Module):

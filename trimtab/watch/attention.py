@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 BUDGET = 2**19
-"""Most logits materialised for one attention computation; beyond it, evenly spaced batch entries and queries are taken."""
+"""Most logits materialised for one attention computation; beyond it, evenly spaced batch entries and queries are
+taken."""
 
 
 class Attention:
@@ -69,7 +70,9 @@ def from_products(
             logits.masked_fill_(torch.arange(keys, device=q.device) > positions[:, None], -math.inf)
         if attn_mask is not None:
             mask = attn_mask.detach()
-            mask = (mask.unsqueeze(1) if mask.ndim == 3 else mask).expand(batch, heads, queries, keys)[entries][:, :, rows]
+            mask = (mask.unsqueeze(1) if mask.ndim == 3 else mask).expand(batch, heads, queries, keys)[entries][
+                :, :, rows
+            ]
             logits = logits.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else logits + mask
         return logits, share
 
@@ -105,7 +108,7 @@ def _four_axes(tensor: Tensor) -> Tensor:
 
 
 def _rows(batch: int, heads: int, queries: int, keys: int) -> tuple[slice, slice, float]:
-    """Choose evenly spaced batch entries, then queries, so that at most BUDGET logits are made; the last query is kept."""
+    """Choose evenly spaced batch entries, then queries, for at most BUDGET logits; the last query is kept."""
     entries = max(1, min(batch, BUDGET // max(1, heads * queries * keys)))
     step = math.ceil(batch / entries)
     rows = max(1, min(queries, BUDGET // max(1, heads * keys * math.ceil(batch / step))))

@@ -31,9 +31,9 @@ _SOFTMAX = frozenset({torch.softmax, functional.softmax, Tensor.softmax})
 class Lens(TorchFunctionMode):
     """While active, reports attention computations and activation functions, and changes nothing.
 
-    Attention is recognised in `F.scaled_dot_product_attention`, inside `nn.MultiheadAttention` (whose functional form hides
-    its inner calls from function modes), and in a softmax over the last axis of scores that are shaped like attention:
-    [B, H, L, S], or [N, L, S] in a module named for attention or with L = S.
+    Attention is recognised in `F.scaled_dot_product_attention`, inside `nn.MultiheadAttention` (whose functional form
+    hides its inner calls from function modes), and in a softmax over the last axis of scores that are shaped like
+    attention: [B, H, L, S], or [N, L, S] in a module named for attention or with L = S.
 
     Args:
         module: returns the name of the module that is running.
@@ -94,12 +94,12 @@ class Lens(TorchFunctionMode):
             self._see_softmax(args, kwargs, heads)
             return softmax(*args, **kwargs)
 
-        functional.scaled_dot_product_attention = seen_products  # type: ignore[assignment]
-        functional.softmax = seen_softmax  # type: ignore[assignment]
+        functional.scaled_dot_product_attention = seen_products
+        functional.softmax = seen_softmax
         try:
             yield
         finally:
-            functional.scaled_dot_product_attention = products  # type: ignore[assignment]
+            functional.scaled_dot_product_attention = products
             functional.softmax = softmax
 
 

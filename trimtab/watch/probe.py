@@ -50,10 +50,11 @@ class Scene:
 class Probe:
     """Measures one family of signals. Override the moments it needs; the watch calls only those.
 
-    A probe is called under `no_grad`, outside autocast, with detached tensors that it must not change. Its moments in one
-    step, in order: `on_output`, `on_activation` and `on_attention` during the forward pass, `on_classification` when the
-    cross-entropy is computed, `on_gradients` before gradients are clipped, `before_update` right before the (first)
-    optimizer's step, `after_update` and `read` at the end. A probe that raises is reported once and switched off after three failures.
+    A probe is called under `no_grad`, outside autocast, with detached tensors that it must not change. Its moments in
+    one step, in order: `on_output`, `on_activation` and `on_attention` during the forward pass, `on_classification`
+    when the cross-entropy is computed, `on_gradients` before gradients are clipped, `before_update` right before the
+    (first) optimizer's step, `after_update` and `read` at the end. A probe that raises is reported once and switched
+    off after three failures.
 
     Attributes:
         name: the probe's public name.

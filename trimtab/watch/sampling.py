@@ -85,7 +85,7 @@ def reported_modules(model: nn.Module) -> set[str]:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return the first floating-point tensor in a module's output: itself, or in a tuple, list, mapping or dataclass."""
+    """Return the first floating-point tensor in a module's output: itself, or in a tuple, list or mapping."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() and output.numel() else None
     if isinstance(output, dict):

@@ -27,9 +27,9 @@ from trimtab.watch.sampling import ForwardSample
 class Watch:
     """Record what happens inside a training run, without changing it.
 
-    Weights after a watched run are bit-equal to those of the unwatched run. Cheap signals (loss, learning rate, gradient
-    norms) are recorded at every step, the others at every `every`-th step. A model compiled by `torch.compile` gives the
-    signals that need no look inside its forward pass.
+    Weights after a watched run are bit-equal to those of the unwatched run. Cheap signals (loss, learning rate,
+    gradient norms) are recorded at every step, the others at every `every`-th step. A model compiled by
+    `torch.compile` gives the signals that need no look inside its forward pass.
 
     Args:
         model: the model that is trained.
@@ -40,6 +40,7 @@ class Watch:
         resume: continue the record in `to` instead of refusing a folder that has one.
         rank: this process's rank; torch.distributed's if it is initialised, else 0.
         recorder: write to this recorder instead of opening one in `to`; it is left open.
+        first_step: number of the first step; a resumed run goes on where its checkpoint was written.
 
     Raises:
         UsageError: for an argument that breaks a rule.
@@ -69,6 +70,7 @@ class Watch:
         resume: bool = False,
         rank: int | None = None,
         recorder: Recorder | None = None,
+        first_step: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise UsageError(f"Watch needs a torch.nn.Module, got {type(model).__name__}.")
@@ -85,7 +87,7 @@ class Watch:
         self._recorder: Recorder | None = recorder
         self._handles: list[RemovableHandle | Callable[[], None]] = []
         self._sample: ForwardSample | None = None
-        self._step = 0
+        self._step = first_step
         self._compiled = _is_compiled(model)
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._bad_steps = 0
@@ -155,7 +157,7 @@ class Watch:
 
         Args:
             loss: the step's loss, a number or a tensor with one element.
-            step: the step's number; by default they count from 0 (after a resume, from where the caller says).
+            step: the step's number; by default they count from `first_step`.
             logits: output logits [..., C], for a loss that does not go through `F.cross_entropy`.
             targets: class targets [...] for `logits`.
 
@@ -307,7 +309,9 @@ class Watch:
         if self._bad_steps > 1:
             return
         if self._ranks > 1 and not on_every_rank:
-            self.event("non-finite", "the loss of this rank is not finite", {"module": "", "tensor": "loss", "name": "loss"})
+            self.event(
+                "non-finite", "the loss of this rank is not finite", {"module": "", "tensor": "loss", "name": "loss"}
+            )
             return
         args, kwargs = self._inputs if self._ranks == 1 else ((), {})
         try:

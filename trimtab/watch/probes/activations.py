@@ -15,9 +15,10 @@ _SAMPLE = 2**16
 class Activations(Probe):
     """Root mean square, largest absolute value and kurtosis of module outputs.
 
-    `rms = sqrt(E[x^2])`, `max = max |x|`, `kurtosis = E[x^4] / E[x^2]^2` (about zero: 3 for a zero-mean Gaussian, up to the
-    width for a single massive channel). The maximum is over every element; the moments are over at most 65,536 elements in
-    evenly spaced rows. A module that runs several times in one forward pass keeps its largest maximum and latest moments.
+    `rms = sqrt(E[x^2])`, `max = max |x|`, `kurtosis = E[x^4] / E[x^2]^2` (about zero: 3 for a zero-mean Gaussian, up
+    to the width for a single massive channel). The maximum is over every element; the moments are over at most 65,536
+    elements in evenly spaced rows. A module that runs several times in one forward pass keeps its largest maximum and
+    latest moments.
     """
 
     name = "activations"

@@ -13,10 +13,11 @@ from trimtab.watch.probe import Attention, Probe, Reading
 class AttentionStatistics(Probe):
     """Attention entropy and largest attention logit of each head.
 
-    With p = softmax over the unmasked keys of the scaled logits z: `entropy = E[-sum_j p_j log p_j]` in nats, averaged over
-    batch and queries; `entropy_ratio` is the sum of the entropies over the sum of their largest possible values
-    log(unmasked keys), in [0, 1]; `max_logit` is the largest z. Large computations are estimated from evenly spaced batch
-    entries and queries (see `trimtab.watch.attention.BUDGET`), so the largest logit is then a lower bound.
+    With p = softmax over the unmasked keys of the scaled logits z: `entropy = E[-sum_j p_j log p_j]` in nats,
+    averaged over batch and queries; `entropy_ratio` is the sum of the entropies over the sum of their largest
+    possible values log(unmasked keys), in [0, 1]; `max_logit` is the largest z. Large computations are estimated from
+    evenly spaced batch entries and queries (see `trimtab.watch.attention.BUDGET`), so the largest logit is then a
+    lower bound.
 
     References:
         Zhai et al. 2023, Stabilizing Transformer Training by Preventing Attention Entropy Collapse, arXiv:2303.06296.
@@ -36,8 +37,8 @@ class AttentionStatistics(Probe):
     def on_attention(self, module: str, attention: Attention) -> None:
         """Reduce one attention computation to three numbers a head."""
         logits_BHLS = attention.logits
-        # A query whose keys are all masked has no distribution: its terms are masked, so it adds nothing. NaN logits are not
-        # -inf: they stay and show.
+        # A query whose keys are all masked has no distribution: its terms are masked, so it adds nothing. NaN logits
+        # are not -inf: they stay and show.
         masked_BHLS = logits_BHLS == -torch.inf
         log_p = torch.log_softmax(logits_BHLS, dim=-1)
         terms = (log_p.exp() * log_p).masked_fill_(masked_BHLS, 0.0)

@@ -12,9 +12,9 @@ from trimtab.watch.probe import Probe, Reading, Scene
 class Gradients(Probe):
     """L2 norms of the gradients as backward left them.
 
-    `grad_norm = sqrt(sum_p ||g_p||^2)` over all trainable parameters, and the same over the parameters of each module that
-    owns some. Read before `torch.nn.utils.clip_grad_norm_` changes the gradients where the loop calls it, otherwise right
-    before the optimizer's step. A parameter without a gradient counts as zero.
+    `grad_norm = sqrt(sum_p ||g_p||^2)` over all trainable parameters, and the same over the parameters of each module
+    that owns some. Read before `torch.nn.utils.clip_grad_norm_` changes the gradients where the loop calls it,
+    otherwise right before the optimizer's step. A parameter without a gradient counts as zero.
     """
 
     name = "gradients"

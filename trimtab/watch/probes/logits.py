@@ -18,9 +18,9 @@ class Logits(Probe):
     """Statistics of the logits that a cross-entropy is computed from.
 
     With Z = sum_c exp(z_c): `logits_abs_log_z = E|log Z|` (0 for normalised outputs), `logits_max = max |z|`,
-    `zero_loss_fraction` = share of samples whose cross-entropy is exactly 0 in the logits' own precision: softmax collapse,
-    where the sample's gradient vanishes, and `train_accuracy` on the batch. Seen where `F.cross_entropy` (or
-    `nn.CrossEntropyLoss`) is called on logits that require gradients, or given by hand to `Watch.step`.
+    `zero_loss_fraction` = share of samples whose cross-entropy is exactly 0 in the logits' own precision: softmax
+    collapse, where the sample's gradient vanishes, and `train_accuracy` on the batch. Seen where `F.cross_entropy`
+    (or `nn.CrossEntropyLoss`) is called on logits that require gradients, or given by hand to `Watch.step`.
 
     References:
         Prieto et al. 2025, Grokking at the Edge of Numerical Stability, arXiv:2501.04697 (softmax collapse).

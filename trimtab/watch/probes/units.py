@@ -15,9 +15,9 @@ _SATURATED = 0.99
 class Units(Probe):
     """Share of dead units (ReLU, ReLU6) and of saturated outputs (tanh, sigmoid).
 
-    A unit is a channel: the last axis, or the second for images [B, C, H, W]. It is dead in a batch if its output is zero
-    for every sample and position, so that no gradient passes through it. An output is saturated if |tanh(x)| > 0.99, or
-    sigmoid(x) is within 0.01 of 0 or 1.
+    A unit is a channel: the last axis, or the second for images [B, C, H, W]. It is dead in a batch if its output is
+    zero for every sample and position, so that no gradient passes through it. An output is saturated if |tanh(x)| >
+    0.99, or sigmoid(x) is within 0.01 of 0 or 1.
     """
 
     name = "units"

@@ -29,16 +29,16 @@ class Updates(Probe):
     }
 
     def __init__(self) -> None:
-        self._before: list[Tensor] = []
+        self._before: tuple[Tensor, ...] = ()
         self._readings: list[Reading] = []
 
     def before_update(self, scene: Scene) -> None:
         """Copy the weights."""
-        self._before = torch._foreach_add([parameter.detach() for parameter in scene.parameters], 0)
+        self._before = tuple(torch._foreach_add([parameter.detach() for parameter in scene.parameters], 0))
 
     def after_update(self, scene: Scene) -> None:
         """Compare with the copy."""
-        before, self._before = self._before, []
+        before, self._before = self._before, ()
         if not before:
             return
         modules = tuple(scene.modules)

@@ -81,9 +81,7 @@ def public_names(package: str) -> tuple[Callable[[str], Any], Callable[[], list[
 
     @functools.cache
     def table() -> dict[str, Any]:
-        return {
-            name: getattr(module, name) for module in _modules(package) for name in getattr(module, "__all__", ())
-        }
+        return {name: getattr(module, name) for module in _modules(package) for name in getattr(module, "__all__", ())}
 
     def lookup(name: str) -> Any:
         if not name.startswith("_") and name in table():

@@ -60,7 +60,9 @@ def healthy_signals(
     every = step[::10]
     warm = np.minimum(1.0, (step + 1) / (0.1 * steps))
     rate = 0.003 * warm * 0.5 * (1 + np.cos(np.pi * step / steps))
-    wobble = np.exp(noise * rng.standard_normal(steps)) * (1 + tail * noise * np.abs(rng.standard_t(2, steps)))
+    # At initialisation all samples have nearly the same loss; no sample is confidently wrong yet.
+    spread = noise * (1 - 0.8 * np.exp(-step / 20))
+    wobble = np.exp(spread * rng.standard_normal(steps)) * (1 + tail * spread * np.abs(rng.standard_t(2, steps)))
     loss = (floor + (math.log(64) - floor) * np.exp(-step / (0.15 * steps))) * wobble
     gradient = (0.3 + 2 * np.exp(-step / (0.1 * steps))) * np.exp(2 * noise * rng.standard_normal(steps)) * wobble
     names = [f"blocks.{index}" for index in range(8)]

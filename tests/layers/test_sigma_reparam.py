@@ -76,13 +76,14 @@ def test_spectral_norm_stays_gamma_in_training():
     apply(model, "sigma-reparam")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     x = torch.randn(64, 16, generator=_generator())
-    before = _spectral(model[0].parametrizations.weight.original)
+    before = model[0].parametrizations.weight.original.detach().clone()
     for _ in range(150):
         optimizer.zero_grad()
         (model(x) - x[:, :4].sin()).square().mean().backward()
         optimizer.step()
     model(x)
-    assert _spectral(model[0].parametrizations.weight.original) > 1.1 * before
+    moved = model[0].parametrizations.weight.original - before
+    assert _spectral(moved) > 0.3 * _spectral(before)
     for linear in (model[0], model[2]):
         gamma = linear.parametrizations.weight[0].gamma.item()
         assert gamma != 1.0

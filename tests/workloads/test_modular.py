@@ -31,4 +31,4 @@ def test_without_decay_logits_drift_and_the_softmax_collapses(tmp_path: Path) ->
     assert outcome.mechanism["zero_loss_fraction"] > 0.3
     with Run(tmp_path) as run:
         logits = run.series("logits_max")
-    assert logits.flat.max() > 1.5 * logits.up_to(300).flat.max()
+    assert logits.flat.max() > 5 * logits.up_to(300).flat.max()

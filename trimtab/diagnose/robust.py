@@ -106,7 +106,7 @@ class Episode:
 
 
 def episodes(values: np.ndarray, *, enter: float | np.ndarray, leave: float | np.ndarray, hold: int) -> list[Episode]:
-    """Return the stretches from where `values` reach `enter` for `hold` samples running to where they sink below `leave`.
+    """Return the stretches from where `values` reach `enter` for `hold` samples to where they sink below `leave`.
 
     The first index of an episode is the first of the `hold` samples, not the one that confirmed it. Pass negated values
     and thresholds for a fall. NaN thresholds are never reached.

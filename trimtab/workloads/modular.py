@@ -37,16 +37,16 @@ class ModularAdder(nn.Module):
 
 
 class ModAdd(Classification):
-    """(a + b) mod 97 from two fifths of all pairs, full batch, weight decay 1: fits by step 50, groks near step 550."""
+    """(a + b) mod 97 from two fifths of all pairs, full batch, weight decay 1: fits by step 50, groks near step 575."""
 
     name = "modadd"
-    summary = "modular addition (p = 97, 40 % of the pairs), full batch, weight decay 1: groks near step 550"
+    summary = "modular addition (p = 97, 40 % of the pairs), full batch, weight decay 1: groks near step 575"
     evaluations = 40
     defaults = Settings(
-        lr=0.01, beta2=0.98, weight_decay=1.0, warmup=0.0, schedule="constant", steps=1000, batch_size=0
+        lr=0.01, beta2=0.95, weight_decay=1.0, warmup=0.0, schedule="constant", steps=1000, batch_size=0
     )
     sources: ClassVar[Mapping[str, str]] = {
-        "beta2": "Power et al. 2022 (arXiv:2201.02177), appendix A.1.2",
+        "beta2": "ours: theirs is 0.98; at 0.95 the softmax collapses within 1000 steps when nothing decays",
         "weight_decay": "Power et al. 2022 (arXiv:2201.02177), appendix A.1.2",
         "schedule": "constant, as there: a decaying rate would also decay the pull of weight decay",
         "lr": "ours: ten times theirs, so that it groks within 1000 steps",

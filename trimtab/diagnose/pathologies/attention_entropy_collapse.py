@@ -17,7 +17,7 @@ from trimtab.record.reader import Series
 
 SIGNAL = "attention_entropy_ratio"
 LEVEL = 0.05
-"""Ours: a layer's mean entropy ratio. Zhai et al. 2023 call it collapse near zero; healthy layers stay above 0.15,
+"""Ours: a layer's mean entropy ratio. Zhai et al. 2023 call it collapse near zero; healthy layers stay above 0.27,
 sick ones sink to 0.01."""
 LEAVE = 0.10
 """Ours: above this the layer has recovered."""

@@ -23,7 +23,8 @@ ones pass 300."""
 LEAVE = 70.0
 """Ours: below this a head has recovered; the gap to LEVEL keeps a head that hovers about it from counting twice."""
 CRITICAL = 1000.0
-"""Kimi K2 (section 2.1): largest logits beyond 1,000 came with loss spikes and divergence in a mid-size run."""
+"""Kimi K2 (section 2.1) reports logits beyond 1,000 in the unstable run that led to clipping; 1,200 and more in sick
+runs here."""
 TROUBLE = 1e4
 """Wortsman et al. 2023 (section 3.1.1): losses part where the largest logits pass about 1e4."""
 FACTOR = 4.0
@@ -74,8 +75,8 @@ def rule(signals: Signals) -> Match | None:
     over = "" if last >= steps[-1] else f" They came back below {leave:.3g} after step {last}."
     cause = (
         f"The largest attention logit grew from {began:.3g} to {peak:.4g}, past {level:.3g} from step {first} on, in "
-        f"{len(onsets)} of {max(1, len(series.labels))} heads: queries and keys outgrow what the softmax of attention can "
-        f"take, which then looks at single keys and passes on hardly any gradient.{over or ahead}"
+        f"{len(onsets)} of {max(1, len(series.labels))} heads: queries and keys outgrow what the softmax of attention "
+        f"can take, which then looks at single keys and passes on hardly any gradient.{over or ahead}"
     )
     modules = tuple(label for _, _, label in onsets if label)
     return Match("critical" if critical else "warning", first, last, modules, evidence, cause)

@@ -54,14 +54,8 @@ def rule(signals: Signals) -> Match | None:
         f"(it began at {baseline:.0%}): a ReLU whose input is negative for every sample passes no gradient, so these "
         f"units cannot come back{', and nothing before this layer learns' if value >= ALL else ''}."
     )
-    return Match(
-        "critical" if value >= ALL else "warning",
-        first,
-        last,
-        tuple(label for _, label, *_ in found if label),
-        evidence,
-        cause,
-    )
+    modules = tuple(label for _, label, *_ in found if label)
+    return Match("critical" if value >= ALL else "warning", first, last, modules, evidence, cause)
 
 
 PATHOLOGY = Pathology(

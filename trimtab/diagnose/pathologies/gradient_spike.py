@@ -15,11 +15,11 @@ from trimtab.diagnose.robust import finite_points, median, trailing
 WINDOW = 50
 """Gradient norms that a spike is compared with."""
 SIGMAS = 8.0
-"""Ours: in the logarithm, where 8 is beyond any tail of 5,000 healthy steps; 25 and more in kicked runs."""
+"""Ours: of the logarithm. Healthy runs stay below 6.3, kicked ones reach 11 and more."""
 RATIO = 10.0
 """Ours: times the trailing median, with company within BESIDE steps."""
-ALONE = 70.0
-"""SPAM calls a gradient whose square is 5,000 times its running mean a spike: a ratio of about 70."""
+ALONE = 50.0
+"""SPAM (section 2) calls a gradient more than 50 times the run's mean a spike; 13 at most in healthy runs."""
 BESIDE = 5
 """Steps to either side in which a second high norm makes it more than an odd batch."""
 RECOVER = 3.0

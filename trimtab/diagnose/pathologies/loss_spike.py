@@ -13,6 +13,8 @@ from trimtab.diagnose.papers import MOLYBOG, OLMO2, SPAM
 from trimtab.diagnose.pathology import Match, Pathology, Signals
 from trimtab.diagnose.robust import rolling_median, trailing
 
+LEARNED = 0.25
+"""Ours: part of the initial loss that must have been learned before there is anything to undo."""
 WINDOW = 50
 """Losses that a spike is compared with."""
 MEDIAN_OF = 5
@@ -35,7 +37,7 @@ def rule(signals: Signals) -> Match | None:
     learned = course.initial - center
     jump = np.maximum(SIGMAS * width, SHARE * learned)
     # Before anything is learned there is nothing to undo: that is the business of lr-too-high.
-    jump = np.where(learned > 0.1 * abs(course.initial), jump, np.nan)
+    jump = np.where(learned > LEARNED * abs(course.initial), jump, np.nan)
     excess = five - center
     peaks: list[tuple[int, int, int]] = []
     start = 0

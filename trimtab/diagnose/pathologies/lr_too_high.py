@@ -7,6 +7,8 @@ at the end) together with updates that replace a good part of the weights every 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from trimtab.diagnose.course import Course, loss_course
@@ -19,7 +21,7 @@ OVERSHOOT = 1.5
 STUCK = 0.2
 """Ours: a loss that ends less than this part below its beginning, and never came below twice that."""
 UPDATE = 0.05
-"""Ours: 0.02 is the largest median of a healthy run; CS231n's rule of thumb is 1e-3."""
+"""Ours: 0.013 is the largest median of a healthy run; CS231n's rule of thumb is 1e-3."""
 CLIPPED = 0.9
 """Ours: share of steps that are clipped (0.95 in a healthy vision transformer: no sign by itself) ..."""
 CLIP = 0.05
@@ -34,6 +36,16 @@ NEAR = 20
 """Steps to either side of the damage in which an update counts as its cause."""
 
 
+class _Damage(NamedTuple):
+    """What the loss suffered: since when, until when, how far, beyond what, and in words."""
+
+    first: int
+    last: int
+    value: float
+    threshold: float
+    what: str
+
+
 def rule(signals: Signals) -> Match | None:
     """Fire where the loss overshoots or is stuck while updates are large against the weights."""
     course = loss_course(signals)
@@ -42,18 +54,17 @@ def rule(signals: Signals) -> Match | None:
     damage = _overshoot(course) or _stuck(course) or _undone(course)
     if damage is None:
         return None
-    first, last, high, what = damage
-    update = _update(signals, first)
-    share, factor = _clipping(signals, first, last)
+    update = _update(signals, damage.first)
+    share, factor = _clipping(signals, damage)
     clipped = share >= CLIPPED and factor <= CLIP
     if update is None and not clipped:
         return None
     evidence: dict[str, float | int | str] = {
         "signal": "loss",
-        "value": high,
-        "threshold": OVERSHOOT * course.initial,
+        "value": damage.value,
+        "threshold": damage.threshold,
         "baseline": course.initial,
-        "ratio": high / course.initial,
+        "ratio": damage.value / course.initial,
     }
     signs = []
     if update is not None:
@@ -67,39 +78,40 @@ def rule(signals: Signals) -> Match | None:
     if len(rates):
         evidence["lr"] = float(rates.max())
         rate = f" of {rates.max():.3g}"
-    cause = f"The learning rate{rate} is too high: {what}, while {' and '.join(signs)}."
+    cause = f"The learning rate{rate} is too high: {damage.what}, while {' and '.join(signs)}."
     critical = course.final >= (1 - STUCK) * course.initial
-    return Match("critical" if critical else "warning", first, last, (), evidence, cause)
+    return Match("critical" if critical else "warning", damage.first, damage.last, (), evidence, cause)
 
 
-def _overshoot(course: Course) -> tuple[int, int, float, str] | None:
-    """Return since when, until when and how far the smoothed loss was above its beginning."""
+def _overshoot(course: Course) -> _Damage | None:
+    """Return how the smoothed loss rose above its beginning."""
     above = np.flatnonzero(course.smooth >= OVERSHOOT * course.initial + NOISE * course.noise)
     if len(above) < max(HOLD, course.window):
         return None
     high = float(np.max(course.smooth))
     times = f"{OVERSHOOT} times its beginning for {len(above)} steps"
     what = f"the loss rose from {course.initial:.4g} to {high:.4g} and was {times}"
-    return int(course.steps[above[0]]), int(course.steps[above[-1]]), high, what
+    return _Damage(int(course.steps[above[0]]), int(course.steps[above[-1]]), high, OVERSHOOT * course.initial, what)
 
 
-def _stuck(course: Course) -> tuple[int, int, float, str] | None:
-    """Return the run's range and final loss where the loss ends near its beginning."""
+def _stuck(course: Course) -> _Damage | None:
+    """Return how the loss ends near its beginning."""
     if course.final < (1 - STUCK) * course.initial or course.best < (1 - 2 * STUCK) * course.initial:
         return None
     what = f"the loss ends at {course.final:.4g}, where it began ({course.initial:.4g})"
-    return int(course.steps[0]), int(course.steps[-1]), course.final, what
+    return _Damage(int(course.steps[0]), int(course.steps[-1]), course.final, (1 - STUCK) * course.initial, what)
 
 
-def _undone(course: Course) -> tuple[int, int, float, str] | None:
-    """Return since when and how far the loss had lost its progress again by the end."""
+def _undone(course: Course) -> _Damage | None:
+    """Return how the loss had lost its progress again by the end."""
     if course.lost < LOST:
         return None
     level = course.best + LOST * course.progress
     index = int(np.flatnonzero(course.smooth < level)[-1]) + 1
     first = max(0, index - course.window // 2)
     what = f"the loss came down to {course.best:.4g}, lost it again and ended at {course.final:.4g}"
-    return int(course.steps[min(first, len(course.steps) - 1)]), int(course.steps[-1]), course.final, what
+    start = int(course.steps[min(first, len(course.steps) - 1)])
+    return _Damage(start, int(course.steps[-1]), course.final, level, what)
 
 
 def _update(signals: Signals, first: int) -> float | None:
@@ -114,9 +126,9 @@ def _update(signals: Signals, first: int) -> float | None:
     return value if value >= UPDATE else None
 
 
-def _clipping(signals: Signals, first: int, last: int) -> tuple[float, float]:
+def _clipping(signals: Signals, damage: _Damage) -> tuple[float, float]:
     steps, factors = finite_points(signals.series("grad_clip"))
-    here = factors[(steps >= first) & (steps <= last)]
+    here = factors[(steps >= damage.first) & (steps <= damage.last)]
     return (float((here < 1).mean()), median(here)) if len(here) else (0.0, 1.0)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +18,9 @@ from trimtab.watch import nonfinite
 from trimtab.watch.guarded import Probes
 from trimtab.watch.norms import l2_norms
 from trimtab.watch.patches import listen
-from trimtab.watch.probe import Probe, Reading, Scene
+from trimtab.watch.probe import Probe, Reading
 from trimtab.watch.sampling import ForwardSample
+from trimtab.watch.subject import as_optimizers, describe, is_compiled, make_scene, rank_of_process, world_size
 
 
 class Watch:
@@ -79,19 +78,19 @@ class Watch:
         if (to is None) == (recorder is None):
             raise UsageError("Watch needs a folder to write to: pass to=FOLDER (or a recorder, but not both).")
         self._model = model
-        self._optimizers = _as_optimizers(optimizer)
+        self._optimizers = as_optimizers(optimizer)
         self._every = every
-        self._to, self._resume, self._rank = to, resume, _rank() if rank is None else rank
+        self._to, self._resume, self._rank = to, resume, rank_of_process() if rank is None else rank
         self._given_probes = None if probes is None else list(probes)
         self._given_recorder = recorder
         self._recorder: Recorder | None = recorder
         self._handles: list[RemovableHandle | Callable[[], None]] = []
         self._sample: ForwardSample | None = None
         self._step = first_step
-        self._compiled = _is_compiled(model)
+        self._compiled = is_compiled(model)
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
         self._bad_steps = 0
-        self._ranks = _world_size()
+        self._ranks = world_size()
         self._forget_step()
 
     def _forget_step(self) -> None:
@@ -124,7 +123,7 @@ class Watch:
             raise UsageError("this watch has already started.")
         if self._recorder is None:
             self._recorder = Recorder(self._to or "", rank=self._rank, resume=self._resume)
-        self._scene = _scene(self._model)
+        self._scene = make_scene(self._model)
         parameters = self._scene.parameters
         device_type = parameters[0].device.type if parameters else "cpu"
         if self._given_probes is None:
@@ -134,7 +133,9 @@ class Watch:
         self._probes = Probes(self._given_probes, device_type, self.event)
         for probe in self._probes.all:
             self._probes.call(probe, "begin", self._scene)
-        self._describe()
+        describe(self.recorder, self._scene, self._optimizers, self._probes.all, every=self._every)
+        if self._compiled:
+            self.event("compiled", "the model is compiled: activations and attention are not looked at")
         self._handles += [
             self._model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self._model.register_forward_hook(self._after_forward, always_call=True),
@@ -334,76 +335,3 @@ class Watch:
         if self.sampled and not self._updating:
             self._updating = True
             self._probes.broadcast("before_update", self._scene, sampled=True)
-
-    def _describe(self) -> None:
-        recorder = self.recorder
-        frozen = [name for name, parameter in self._model.named_parameters() if not parameter.requires_grad]
-        optimized = {id(entry) for each in self._optimizers for group in each.param_groups for entry in group["params"]}
-        outside = [
-            name
-            for name, parameter in zip(self._scene.names, self._scene.parameters, strict=True)
-            if self._optimizers and id(parameter) not in optimized
-        ]
-        recorder.meta("model", type(self._model).__name__)
-        recorder.meta("every", self._every)
-        recorder.meta("parameters", {name: parameter.numel() for name, parameter in self._model.named_parameters()})
-        recorder.meta("frozen", frozen)
-        recorder.meta("outside_optimizer", outside)
-        recorder.meta("optimizer", [type(optimizer).__name__ for optimizer in self._optimizers])
-        recorder.meta("signals", {name: text for probe in self._probes.all for name, text in probe.signals.items()})
-        recorder.meta(
-            "environment",
-            {
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "threads": torch.get_num_threads(),
-                "trimtab": sys.modules["trimtab"].__version__,
-            },
-        )
-        if self._compiled:
-            self.event("compiled", "the model is compiled: activations and attention are not looked at")
-
-
-def _scene(model: nn.Module) -> Scene:
-    names, parameters, modules, owner = [], [], [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            module = name.rpartition(".")[0]
-            if module not in modules:
-                modules.append(module)
-            names.append(name)
-            parameters.append(parameter)
-            owner.append(modules.index(module))
-    return Scene(model, names, parameters, modules, torch.tensor(owner, dtype=torch.int64))
-
-
-def _as_optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    if optimizer is None:
-        return []
-    optimizers = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    for entry in optimizers:
-        if not isinstance(entry, Optimizer):
-            raise UsageError(f"Watch needs a torch.optim.Optimizer (or several), got {type(entry).__name__}.")
-    return optimizers
-
-
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile holds the model or a part of it: hooks there would recompile it or change its numbers."""
-    return any(
-        # By name: importing torch._dynamo takes a second.
-        type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _is_distributed() else 0
-
-
-def _world_size() -> int:
-    return torch.distributed.get_world_size() if _is_distributed() else 1
-
-
-def _is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

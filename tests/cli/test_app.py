@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -36,10 +37,10 @@ def _process(*arguments: str, **options: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
-def test_help_names_every_command(arguments: list[str], trimtab: Callable[..., object]) -> None:
+def test_help_names_every_command(arguments: list[str], trimtab: Callable[..., Any]) -> None:
     found = trimtab(*arguments)
-    assert found.code == 0  # type: ignore[attr-defined]
-    assert all(command in found.out for command in _COMMANDS)  # type: ignore[attr-defined]
+    assert found.code == 0
+    assert all(command in found.out for command in _COMMANDS)
 
 
 @pytest.mark.parametrize("command", _COMMANDS)
@@ -49,8 +50,8 @@ def test_each_command_explains_itself(command: str) -> None:
     assert "Usage" in result.output
 
 
-def test_version(trimtab: Callable[..., object]) -> None:
-    assert trimtab("--version").out == f"trimtab {__version__}\n"  # type: ignore[attr-defined]
+def test_version(trimtab: Callable[..., Any]) -> None:
+    assert trimtab("--version").out == f"trimtab {__version__}\n"
 
 
 def test_help_is_fast_because_it_imports_nothing_heavy() -> None:
@@ -133,12 +134,12 @@ def test_every_error_is_one_line(
     assert text in refused("doctor", "run", code=code)
 
 
-def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, trimtab: Callable[..., object]) -> None:
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch, trimtab: Callable[..., Any]) -> None:
     monkeypatch.setattr("trimtab.diagnose.doctor.Doctor.examine", lambda *_: 1 / 0)
     found = trimtab("--debug", "doctor", "run")
-    assert found.code == 1  # type: ignore[attr-defined]
-    assert "Traceback" in found.err  # type: ignore[attr-defined]
-    assert found.err.splitlines()[-1].startswith("trimtab: unexpected ZeroDivisionError")  # type: ignore[attr-defined]
+    assert found.code == 1
+    assert "Traceback" in found.err
+    assert found.err.splitlines()[-1].startswith("trimtab: unexpected ZeroDivisionError")
 
 
 _TEXT = st.text(max_size=20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ from trimtab.diagnose.finding import Finding
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs too short to go wrong, and a doctor who finds the fault all the same in the watched run."""
-    monkeypatch.setattr(demo, "_FULL", demo._Size(lr=0.1, steps=3, seeds=1))
+    monkeypatch.setattr(demo, "_FULL", demo._Size(lr=0.1, steps=3, batch_size=8, seeds=1))
     remedies = ("qk-norm", "sigma-reparam", "lower-lr")
     finding = Finding(
         "attention-logit-growth",
@@ -31,10 +32,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small")
-def test_demo_goes_through_all_five_steps_and_resumes(trimtab: Callable[..., object]) -> None:
+def test_demo_goes_through_all_five_steps_and_resumes(trimtab: Callable[..., Any]) -> None:
     found = trimtab("demo")
-    assert found.code == 0, found  # type: ignore[attr-defined]
-    words = " ".join(found.out.split())  # type: ignore[attr-defined]
+    assert found.code == 0, found
+    words = " ".join(found.out.split())
     for text in (
         "1. Train lm-small",
         "attention-logit-growth [critical]",
@@ -48,7 +49,7 @@ def test_demo_goes_through_all_five_steps_and_resumes(trimtab: Callable[..., obj
     # The watched run is the first arm on its first seed: four arms, four runs, none twice.
     jobs = {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.json")}
     assert len(jobs) == 4
-    assert trimtab("demo").code == 0  # type: ignore[attr-defined]
+    assert trimtab("demo").code == 0
     assert {path: path.stat().st_mtime_ns for path in (folder / "jobs").glob("*.json")} == jobs
 
 
@@ -61,9 +62,9 @@ def test_demo_takes_no_folder_that_is_not_its_own(refused: Callable[..., str]) -
 
 @pytest.mark.usefixtures("small")
 def test_demo_fails_openly_if_the_doctor_finds_nothing(
-    monkeypatch: pytest.MonkeyPatch, trimtab: Callable[..., object]
+    monkeypatch: pytest.MonkeyPatch, trimtab: Callable[..., Any]
 ) -> None:
     monkeypatch.setattr(Doctor, "examine", lambda self, run: Diagnosis("run", ()))
     found = trimtab("demo", "--workers=1")
-    assert found.code == 1  # type: ignore[attr-defined]
-    assert found.err.splitlines()[-1].startswith("trimtab: the doctor did not name attention-logit-growth")  # type: ignore[attr-defined]
+    assert found.code == 1
+    assert found.err.splitlines()[-1].startswith("trimtab: the doctor did not name attention-logit-growth")

@@ -33,6 +33,13 @@ class Made:
         self._series[name] = Series(name, at.astype(np.int64), table, names)
         return self
 
+    def up_to(self, step: int) -> Made:
+        """Return what had been seen by a step of the run."""
+        part = Made().about(**self.meta)
+        part._series = {name: series.up_to(step) for name, series in self._series.items()}
+        part._events = [event for event in self._events if event.step <= step]
+        return part
+
     def event(self, step: int, kind: str, message: str = "", **data: Any) -> Made:
         self._events.append(Event(step, kind, message, data, 0.0))
         return self

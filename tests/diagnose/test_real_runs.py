@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.diagnose import Diagnosis, Doctor, Finding
+from trimtab.record import Event, Run, Series
 from trimtab.watch.watch import Watch
 from trimtab.workloads import train, workload
 
@@ -53,6 +54,19 @@ def examine(
     return Doctor().examine(folder)
 
 
+class Until:
+    """What had been recorded of a run by a step."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        self.run, self.step, self.meta = run, step, run.meta
+
+    def series(self, name: str) -> Series:
+        return self.run.series(name).up_to(self.step)
+
+    def events(self, kind: str | None = None) -> list[Event]:
+        return [event for event in self.run.events(kind) if event.step <= self.step]
+
+
 def first(diagnosis: Diagnosis) -> Finding:
     assert diagnosis.findings, "nothing was found"
     return diagnosis.findings[0]
@@ -65,7 +79,10 @@ def names(diagnosis: Diagnosis) -> list[str]:
 @pytest.mark.parametrize("name", ["digits-mlp", "digits-cnn", "tabular", "regression"])
 def test_workloads_at_their_defaults_are_healthy(tmp_path, name) -> None:
     train(name, out=tmp_path / "run")
-    assert names(Doctor().examine(tmp_path / "run")) == []
+    with Run(tmp_path / "run") as run:
+        assert names(Doctor().examine(run)) == []
+        for seen in range(10, run.last_step, 25):
+            assert Doctor().judge(Until(run, seen))[0] == []
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.Sigmoid])
@@ -81,6 +98,10 @@ def test_attention_logits_of_a_vision_transformer_explode(tmp_path) -> None:
     assert found[0].first_step <= found[1].first_step
     assert all(module.startswith("blocks.") for module in found[0].modules)
     assert found[0].severity == "critical"
+    # The warning is there within a few samples of the onset, long before the run is over.
+    with Run(tmp_path / "run") as run:
+        early, _ = Doctor().judge(Until(run, found[0].first_step + 20))
+    assert "attention-logit-growth" in [finding.name for finding in early]
 
 
 @pytest.mark.parametrize("lr", [1.0, 10.0])

@@ -363,13 +363,23 @@ class _Functional(nn.Module):
         return F.linear(input=x, weight=self.qkv.weight)
 
 
+class _Interleaved(nn.Module):
+    """As GPTBigCode: c_attn's output is laid out head by head, or has one key head."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_heads, self.multi_query = 2, False
+        self.c_attn = nn.Linear(8, 24)
+
+
 class _Unknown(nn.MultiheadAttention):
     def forward(self, query, key, value):
         return query
 
 
 @pytest.mark.parametrize(
-    "model", [nn.Linear(4, 4), _Functional(), _Unknown(8, 2), nn.TransformerEncoderLayer(8, 2, 16).linear1]
+    "model",
+    [nn.Linear(4, 4), _Functional(), _Interleaved(), _Unknown(8, 2), nn.TransformerEncoderLayer(8, 2, 16).linear1],
 )
 def test_a_model_without_attention_is_named(model):
     text = rf"no attention to change in {type(model).__name__}, none was found. Looked for"

@@ -256,6 +256,16 @@ def test_bfloat16_weight_has_spectral_norm_gamma():
     assert _spectral(linear.weight) == pytest.approx(1, rel=0.01)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CPU autocast has no matrix-vector product to lower")
+def test_autocast_on_a_gpu_does_not_lower_the_power_iteration():
+    linear = nn.Linear(256, 256, device="cuda")
+    apply(linear, "sigma-reparam")
+    weight = linear.weight
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        lowered = linear.weight
+    torch.testing.assert_close(lowered, weight, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "text"),
     [

@@ -31,7 +31,7 @@ def test_a_failure_is_shown_with_its_traceback_while_others_wait():
         dist.barrier()
 
     start = time.monotonic()
-    with pytest.raises(RankError, match="(?s)rank 1 raised.*the reason"):
+    with pytest.raises(RankError, match=r"(?s)rank 1 raised.*the reason"):
         run_ranks(work, timeout=50)
     assert time.monotonic() - start < 25  # far from the limit: rank 0 was not waited for
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import RecordError, UsageError
 from trimtab.record import Recorder, Run, latest_checkpoint, load_checkpoint
-from trimtab.workloads import Outcome, Settings, Workload, train, training, workload
+from trimtab.workloads import Outcome, Settings, Workload, session, train, workload
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -43,7 +43,7 @@ def short(name: str, **changes: Any) -> tuple[Workload, Settings]:
     return job, job.defaults.replace(**{"steps": 20, **changes})
 
 
-def interrupt_at(step: int) -> training.Progress:
+def interrupt_at(step: int) -> session.Progress:
     def progress(done: int, steps: int, loss: float) -> None:
         if done == step:
             signal.raise_signal(signal.SIGINT)
@@ -176,7 +176,7 @@ def test_resume_without_its_dropout_state_would_differ(tmp_path: Path, monkeypat
     train(job, settings, out=tmp_path / "whole", watch=False)
     with pytest.raises(KeyboardInterrupt):
         train(job, settings, out=tmp_path / "parts", watch=False, progress=interrupt_at(7))
-    monkeypatch.setattr(training, "set_rng_state", lambda state: None)
+    monkeypatch.setattr(session, "set_rng_state", lambda state: None)
     train(job, settings, out=tmp_path / "parts", watch=False, resume=True)
     assert not same(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
 
@@ -312,7 +312,7 @@ def test_checkpoints_are_kept_to_the_newest_two(tmp_path: Path) -> None:
 def test_checkpoint_that_cannot_be_written_does_not_stop_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = training.save_checkpoint, []
+    real, calls = session.save_checkpoint, []
 
     def full_once(folder: Path, step: int, state: dict[str, Any]) -> Path:
         calls.append(step)
@@ -320,7 +320,7 @@ def test_checkpoint_that_cannot_be_written_does_not_stop_training(
             raise RecordError("cannot write a checkpoint in x: No space left on device.")
         return real(folder, step, state)
 
-    monkeypatch.setattr(training, "save_checkpoint", full_once)
+    monkeypatch.setattr(session, "save_checkpoint", full_once)
     job, settings = short("tabular")
     with pytest.warns(RuntimeWarning, match=r"No space left on device\. Training goes on"):
         outcome = train(job, settings, out=tmp_path, checkpoint_every=5)
@@ -412,3 +412,15 @@ def test_own_text_is_trained_on(tmp_path: Path) -> None:
     outcome = train(job, settings, text=tmp_path / "text")
     assert outcome.initial_loss == pytest.approx(math.log(256), abs=0.3)
     assert outcome.loss == pytest.approx(math.log(2), abs=0.15)
+
+
+def test_remedy_on_the_settings_is_used_and_recorded(tmp_path: Path) -> None:
+    job, settings = short("tabular", lr=0.1)
+    outcome = train(job, settings.replace(remedies=("lower-lr",)), out=tmp_path)
+    with Run(tmp_path) as run:
+        (event,) = run.events("applied")
+        peak = run.series("lr").flat.max()
+    assert peak < 0.1
+    assert event.data["changes"] == {"lr": f"0.1 -> {peak:g}"}
+    assert outcome.settings["lr"] == 0.1  # what was asked for
+    assert outcome.loss == train(job, settings.replace(lr=float(peak))).loss

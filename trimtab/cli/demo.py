@@ -14,7 +14,7 @@ from trimtab.cli.show import Meter, number, resumable, say, use_threads
 from trimtab.errors import RunFailedError, UsageError
 
 if TYPE_CHECKING:
-    from trimtab.compare import Comparison
+    from trimtab.compare import Arm, Comparison
     from trimtab.diagnose.finding import Finding
 
 _WORKLOAD = "lm-small"
@@ -25,15 +25,28 @@ _MARKER = "demo.json"
 
 @dataclass(frozen=True)
 class _Size:
-    """How much the demo runs: learning rate that goes wrong, steps of a run, seeds."""
+    """How much the demo runs: a learning rate that goes wrong, steps and samples of a run, seeds.
+
+    The damage grows with the number of steps, not of samples: small batches show it within the demo's two minutes.
+    """
 
     lr: float
     steps: int
+    batch_size: int
     seeds: int
 
+    def arm(self, *remedies: str) -> Arm:
+        """Return the arm with these remedies."""
+        from trimtab.compare import Arm
+        from trimtab.workloads import workload
 
-_FULL = _Size(lr=0.3, steps=160, seeds=4)
-_QUICK = _Size(lr=0.3, steps=100, seeds=2)
+        defaults = workload(_WORKLOAD).defaults
+        settings = defaults.replace(lr=self.lr, steps=self.steps, batch_size=self.batch_size, remedies=remedies)
+        return Arm(" + ".join([f"lr {self.lr:g}", *remedies]), settings)
+
+
+_FULL = _Size(lr=0.1, steps=600, batch_size=8, seeds=4)
+_QUICK = _Size(lr=0.1, steps=200, batch_size=8, seeds=2)
 
 
 def register(app: typer.Typer) -> None:
@@ -53,14 +66,13 @@ def demo(
     use_threads()
     size = _QUICK if quick else _FULL
     _claim(out)
-    baseline = f"adamw,lr={size.lr:g}"
     with resumable(out):
         say(
             f"1. Train {_WORKLOAD}, a causal transformer on the Python standard library's sources, at learning rate "
             f"{size.lr:g} with the watch on.",
             style="bold",
         )
-        run = _watched_run(out, baseline, size)
+        run = _watched_run(out, size)
         say(f"   recorded in {run}")
         say()
         say(f"2. The doctor examines it (trimtab doctor {run}).", style="bold")
@@ -68,7 +80,7 @@ def demo(
         say()
         names = finding.remedies[:_REMEDIES]
         say(f"3. Try its remedies, {', '.join(names)}: the same {size.seeds} seeds, the same batches.", style="bold")
-        arms = [baseline, *(f"{baseline},with={name}" for name in names)]
+        arms = [size.arm(), *(size.arm(name) for name in names)]
         comparison = _comparison(out, arms, size, workers)
     say()
     say("4. Before and after.", style="bold")
@@ -91,14 +103,11 @@ def _claim(folder: Path) -> None:
     write_json(marker, {"kind": "demo"})
 
 
-def _watched_run(folder: Path, baseline: str, size: _Size) -> Path:
+def _watched_run(folder: Path, size: _Size) -> Path:
     """Train the first arm on its first seed; the comparison finds it finished and does not repeat it."""
-    from trimtab.compare import Arm
     from trimtab.compare.training import prepared, run_all, training_job
 
-    workload = prepared(_WORKLOAD)
-    arm = Arm.parse(baseline, workload.defaults.replace(steps=size.steps))
-    job = training_job(workload, arm.settings.replace(seed=0))
+    job = training_job(prepared(_WORKLOAD), size.arm().settings.replace(seed=0))
     with Meter("   training", size.steps) as meter:
         [outcome] = run_all([job], folder, workers=1, progress=meter.jobs)
     ending = "diverged" if outcome.diverged else f"final loss {number(outcome.loss)}"
@@ -119,7 +128,7 @@ def _diagnosis(run: Path) -> Finding:
     return found[0]
 
 
-def _comparison(folder: Path, arms: list[str], size: _Size, workers: int) -> Comparison:
+def _comparison(folder: Path, arms: list[Arm], size: _Size, workers: int) -> Comparison:
     from trimtab.compare import compare
 
     with Meter("   comparing") as meter:
@@ -128,7 +137,6 @@ def _comparison(folder: Path, arms: list[str], size: _Size, workers: int) -> Com
             arms,
             folder=folder,
             seeds=size.seeds,
-            steps=size.steps,
             workers=workers,
             progress=meter.jobs,
         )

@@ -152,7 +152,7 @@ def compare(
         arms: arms, or their texts (`"adamw,lr=3e-2,with=qk-norm"`); the first is the baseline.
         folder: where runs and results go.
         seeds: how many pairs, or which seeds.
-        steps: training steps, instead of the workload's own.
+        steps: training steps of arms given as texts, instead of the workload's own.
         workers: processes.
         metric: `"loss"`, another test metric (`"accuracy"`), or a signal that explains (`"attention_max_logit"`).
         higher_is_better: whether more of the metric is better.

@@ -69,11 +69,6 @@ class Site:
     head_dim: int
     like: Tensor
 
-    @property
-    def prefix(self) -> str:
-        """The module's name with a dot, or nothing for the model itself."""
-        return f"{self.name}." if self.name else ""
-
 
 def attention_sites(model: nn.Module) -> list[Site]:
     """Return the attention modules of a model whose queries and keys are not normalised yet, in order."""

@@ -98,10 +98,9 @@ class SigmaReparam(nn.Module):
                     self.u.copy_(u)
                     self.v.copy_(v)
                     self._advanced = self._once_a_forward
-                # Copies, as the next forward changes the buffers while this one may still wait for its backward.
-                # Buffers in bfloat16 are unit vectors only after they are normalised in float32.
-                u = unit(self.u.to(matrix.dtype, copy=True))
-                v = unit(self.v.to(matrix.dtype, copy=True))
+                # New tensors, as the next forward changes the buffers while this one may still wait for its backward;
+                # buffers in bfloat16 have length 1 only once they are normalised in float32.
+                u, v = unit(self.u.to(matrix.dtype)), unit(self.v.to(matrix.dtype))
             scale = self.gamma.to(matrix.dtype) / torch.dot(u, torch.mv(matrix, v))
             return (scale * matrix).reshape(weight.shape).to(weight.dtype)
 

@@ -123,7 +123,7 @@ class LayerTestCase:
         torch.save(layer.state_dict(), stream)
         stream.seek(0)
         other = self._layer()
-        other.load_state_dict(torch.load(stream))
+        other.load_state_dict(torch.load(stream, weights_only=True))
         _assert_same_state(other.state_dict(), layer.state_dict())
         _train(layer, self._inputs())
         _train(other, self._inputs())
@@ -186,11 +186,11 @@ class LayerTestCase:
 
             layer = nn.Sequential(self._layer())
             mesh = init_device_mesh("cpu", (2,))
+            fully_shard(layer[0], mesh=mesh)
+            fully_shard(layer, mesh=mesh)
             with warnings.catch_warnings():
-                # torch's own: it warns of its use of process groups on every CPU.
-                warnings.simplefilter("ignore", UserWarning)
-                fully_shard(layer[0], mesh=mesh)
-                fully_shard(layer, mesh=mesh)
+                # It would matter if the output were changed in place.
+                warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
                 _train(layer, tuple(x[2 * rank : 2 * rank + 2] for x in self._inputs(4)))
             return {
                 name.removeprefix("0."): value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -228,6 +228,5 @@ def _assert_same_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> Non
 def _assert_close_state(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     for name, value in left.items():
-        torch.testing.assert_close(
-            value, right[name], rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
-        )
+        difference = (value.double() - right[name].double()).abs()
+        assert (difference <= 1e-5 + 1e-4 * right[name].double().abs()).all(), name

@@ -77,7 +77,7 @@ def run_ranks(fn: Callable[[int], T], world_size: int = 2, *, timeout: float = 6
                 process.join()
         if any(codes) or None in codes:
             raise RankError(_explain(codes, folder, timeout))
-        return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
 def _work(fn: Callable[[int], Any], rank: int, world_size: int, folder: Path, timeout: float) -> None:

@@ -34,7 +34,11 @@ class DigitsMLP(_Digits):
     name = "digits-mlp"
     summary = "two-layer ReLU network on 8 x 8 digits: 26k parameters"
     defaults = Settings(lr=0.003, beta2=0.999, weight_decay=0.01, clip=1.0, steps=400, batch_size=64)
-    sources: ClassVar[Mapping[str, str]] = {"lr": "ours", "beta2": "Adam (arXiv:1412.6980)", "steps": "ours"}
+    sources: ClassVar[Mapping[str, str]] = {
+        "lr": "ours: of 0.001, 0.003 and 0.01 the lowest test loss over seeds 0 to 2",
+        "beta2": "Adam (arXiv:1412.6980)",
+        "steps": "ours: half a second",
+    }
 
     def build(self) -> nn.Module:
         """Build the network with torch's own initialisation."""
@@ -49,7 +53,11 @@ class DigitsCNN(_Digits):
     name = "digits-cnn"
     summary = "two convolutions with batch normalisation on 8 x 8 digits: 10k parameters"
     defaults = Settings(lr=0.01, beta2=0.999, weight_decay=0.01, clip=1.0, steps=300, batch_size=64)
-    sources: ClassVar[Mapping[str, str]] = {"lr": "ours", "beta2": "Adam (arXiv:1412.6980)", "steps": "ours"}
+    sources: ClassVar[Mapping[str, str]] = {
+        "lr": "ours: of 0.003, 0.01 and 0.03 the lowest test loss over seeds 0 to 2",
+        "beta2": "Adam (arXiv:1412.6980)",
+        "steps": "ours: a second",
+    }
 
     def build(self) -> nn.Module:
         """Build the network with torch's own initialisation."""
@@ -96,8 +104,13 @@ class DigitsViT(_Digits):
 
     name = "digits-vit"
     summary = "vision transformer with dropout on 8 x 8 digits: 26k parameters, 2 layers, width 32, 16 patches"
-    defaults = Settings(lr=0.01, beta2=0.95, weight_decay=0.1, clip=1.0, steps=400, batch_size=64)
-    sources: ClassVar[Mapping[str, str]] = {"lr": "ours", "beta2": "as lm-small", "steps": "ours"}
+    defaults = Settings(lr=0.01, beta2=0.95, weight_decay=0.1, clip=1.0, steps=800, batch_size=64)
+    sources: ClassVar[Mapping[str, str]] = {
+        "lr": "ours: 0.003 is worse, 0.02 no better",
+        "beta2": "as lm-small",
+        "weight_decay": "as lm-small",
+        "steps": "ours: ten seconds",
+    }
 
     def build(self) -> nn.Module:
         """Build the transformer."""

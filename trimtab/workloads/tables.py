@@ -22,7 +22,11 @@ class Tabular(Classification):
     name = "tabular"
     summary = "breast-cancer table (30 columns, two classes), ReLU network"
     defaults = Settings(lr=0.001, beta2=0.999, weight_decay=0.1, clip=1.0, steps=200, batch_size=64)
-    sources: ClassVar[Mapping[str, str]] = {"lr": "ours", "beta2": "Adam (arXiv:1412.6980)", "steps": "ours"}
+    sources: ClassVar[Mapping[str, str]] = {
+        "lr": "ours: of 0.001, 0.003 and 0.01 the lowest test loss over seeds 0 to 2",
+        "beta2": "Adam (arXiv:1412.6980)",
+        "steps": "ours: less than a second",
+    }
 
     def load(self) -> Data:
         """Load scikit-learn's breast-cancer table, standardised by the training part."""
@@ -43,7 +47,11 @@ class Regression(Workload):
     name = "regression"
     summary = "diabetes table (10 columns, progression after a year), tanh network, squared error"
     defaults = Settings(lr=0.003, beta2=0.999, weight_decay=0.1, clip=1.0, steps=200, batch_size=64)
-    sources: ClassVar[Mapping[str, str]] = {"lr": "ours", "beta2": "Adam (arXiv:1412.6980)", "steps": "ours"}
+    sources: ClassVar[Mapping[str, str]] = {
+        "lr": "ours: of 0.001, 0.003 and 0.01, which differ by less than the seeds do, the middle",
+        "beta2": "Adam (arXiv:1412.6980)",
+        "steps": "ours: less than a second",
+    }
 
     def load(self) -> Data:
         """Load scikit-learn's diabetes table; inputs and targets standardised by the training part."""

@@ -7,7 +7,7 @@ from trimtab.diagnose.pathologies.attention_entropy_collapse import PATHOLOGY
 HEADS = [f"blocks.{layer}.attention/head{head}" for layer in range(2) for head in range(4)]
 
 
-def collapsing(made, heads: int = 4, logits: float = 800.0):
+def collapsing(made, heads: int = 4, logits: float = 200.0):
     """The first heads' entropy falls from 0.9 to 0.01 of its maximum between steps 200 and 300."""
     samples = 60
     ratio = np.full((samples, 8), 0.7)
@@ -33,6 +33,11 @@ def test_one_sharp_head_is_healthy(made) -> None:
 
 def test_a_layer_that_looks_up_single_keys_with_modest_logits_is_healthy(made) -> None:
     assert PATHOLOGY.rule(collapsing(made, logits=25.0)) is None
+
+
+def test_modest_logits_are_no_excuse_where_the_loss_suffers(made) -> None:
+    loss = np.interp(np.arange(600), [0, 200, 400, 600], [4, 1, 3, 3])
+    assert PATHOLOGY.rule(collapsing(made, logits=25.0).put("loss", loss)) is not None
 
 
 def test_a_layer_that_begins_collapsed_did_not_collapse(made) -> None:

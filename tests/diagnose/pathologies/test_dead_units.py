@@ -26,6 +26,12 @@ def test_sparse_layers_and_layers_that_came_back_are_healthy(made) -> None:
     assert PATHOLOGY.rule(made().put("dead_fraction", back)) is None
 
 
+def test_the_last_moments_of_a_run_say_too_little(made) -> None:
+    late = np.full((60, 1), 0.1)
+    late[-8:] = 1.0
+    assert PATHOLOGY.rule(made().put("dead_fraction", late)) is None
+
+
 def test_nan_does_not_blind(made) -> None:
     dead = np.full((60, 2), 0.99)
     dead[::3] = np.nan

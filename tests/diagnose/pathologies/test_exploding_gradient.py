@@ -32,6 +32,11 @@ def test_growth_counts_for_other_losses_unless_the_loss_gains(made) -> None:
     assert PATHOLOGY.rule(run(made, np.full(200, 1e5), classes=None)) is None
 
 
+def test_large_but_possible_gradients_are_silent(made) -> None:
+    assert PATHOLOGY.rule(run(made, np.full(200, 300.0))) is None
+    assert PATHOLOGY.rule(run(made, np.repeat([1.0, 40.0], 100))) is None
+
+
 def test_single_leaps_are_silent(made) -> None:
     gradient = np.ones(200)
     gradient[50::20] = 1e6

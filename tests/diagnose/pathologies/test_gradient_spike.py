@@ -39,7 +39,7 @@ def test_long_tails_are_their_own_measure(made) -> None:
 def test_a_leap_from_nearly_nothing_is_harmless(made) -> None:
     signals = norms(made)
     signals.series("grad_norm").values[200:] *= 1e-4
-    signals.series("grad_norm").values[400:402] = 0.1
+    signals.series("grad_norm").values[400:402] = 1.0
     assert PATHOLOGY.rule(signals) is None
 
 

@@ -30,6 +30,11 @@ def test_a_guess_a_pretrained_model_and_an_odd_first_batch_are_healthy(made) -> 
     assert PATHOLOGY.rule(run(made, 6.0, seconds=2.3)) is None
 
 
+def test_two_classes_need_a_nat_more_than_their_guess(made) -> None:
+    assert PATHOLOGY.rule(run(made, 1.3, classes=2, seconds=1.3)) is None
+    assert PATHOLOGY.rule(run(made, 1.8, classes=2, seconds=1.8)) is not None
+
+
 def test_without_classes_or_a_beginning_there_is_nothing_to_judge(made) -> None:
     assert PATHOLOGY.rule(run(made, 30.0, classes=None)) is None
     assert PATHOLOGY.rule(run(made, 30.0, start=500)) is None

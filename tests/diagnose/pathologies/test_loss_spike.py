@@ -37,6 +37,12 @@ def test_odd_batches_small_bumps_and_early_noise_are_silent(made) -> None:
     assert PATHOLOGY.rule(small) is None
 
 
+def test_a_jump_within_the_noise_is_silent(made) -> None:
+    signals = decaying(made, noise=0.5)
+    signals.series("loss").values[300:310, 0] += 1.0  # a third of what was learned, two sigmas
+    assert PATHOLOGY.rule(signals) is None
+
+
 def test_a_rise_that_stays_is_a_divergence_not_a_spike(made) -> None:
     signals = decaying(made)
     signals.series("loss").values[400:, 0] += 3

@@ -36,7 +36,7 @@ def test_a_loss_that_is_lost_again_is_found_where_it_was_lost(made) -> None:
 
 def test_damage_with_small_updates_has_another_cause(made) -> None:
     for points in (OVERSHOT, STUCK, UNDONE):
-        assert PATHOLOGY.rule(run(made, points, 0.005)) is None
+        assert PATHOLOGY.rule(run(made, points, 0.02)) is None
 
 
 def test_large_updates_without_damage_are_healthy(made) -> None:

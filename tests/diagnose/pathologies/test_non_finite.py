@@ -25,9 +25,12 @@ def test_one_non_finite_loss_is_enough(made, value) -> None:
 
 
 def test_gradients_that_stay_non_finite_are_found(made) -> None:
-    norms = np.ones(100)
+    norms = np.ones(3000)
     norms[50:53] = np.nan
-    assert PATHOLOGY.rule(made(loss=np.ones(100), grad_norm=norms)).first_step == 50
+    assert PATHOLOGY.rule(made(loss=np.ones(3000), grad_norm=norms)).first_step == 50
+    often = np.ones(3000)
+    often[::30] = np.nan
+    assert PATHOLOGY.rule(made(loss=np.ones(3000), grad_norm=often)).first_step == 0
 
 
 def test_steps_that_a_loss_scaler_skips_are_healthy(made) -> None:

@@ -15,7 +15,7 @@ from trimtab.diagnose.robust import finite_points
 EXCESS = 1.0
 """Ours, in nats: logits of standard deviation 1.4."""
 RATIO = 1.5
-"""Ours: times log(n_classes): 1.07 at most in healthy runs, 5 and more with a head or loss of the wrong scale."""
+"""Ours: times log(n_classes): 1.07 at most in healthy runs, 2 and more with a head or loss of the wrong scale."""
 FIRST = 3
 """Losses at the beginning that must all be high (two if the first is extreme)."""
 

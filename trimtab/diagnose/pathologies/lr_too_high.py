@@ -32,6 +32,8 @@ NOISE = 5.0
 """Times the spread of single losses that an overshoot must exceed."""
 LOST = 0.5
 """Share of the progress lost again; see loss-divergence."""
+SHORTEST = 100
+"""Losses before a run can be called stuck: healthy ones stand still through a warm-up."""
 NEAR = 20
 """Steps to either side of the damage in which an update counts as its cause."""
 
@@ -96,7 +98,11 @@ def _overshoot(course: Course) -> _Damage | None:
 
 def _stuck(course: Course) -> _Damage | None:
     """Return how the loss ends near its beginning."""
-    if course.final < (1 - STUCK) * course.initial or course.best < (1 - 2 * STUCK) * course.initial:
+    if (
+        len(course.losses) < SHORTEST
+        or course.final < (1 - STUCK) * course.initial
+        or course.best < (1 - 2 * STUCK) * course.initial
+    ):
         return None
     what = f"the loss ends at {course.final:.4g}, where it began ({course.initial:.4g})"
     return _Damage(int(course.steps[0]), int(course.steps[-1]), course.final, (1 - STUCK) * course.initial, what)
@@ -115,14 +121,13 @@ def _undone(course: Course) -> _Damage | None:
 
 
 def _update(signals: Signals, first: int) -> float | None:
-    """Return the typical update-to-weight ratio of the run if it is beyond UPDATE, in the run or about the damage."""
+    """Return the run's typical update-to-weight ratio, or the largest about the onset of the damage, if beyond UPDATE."""
     series = signals.series("update_ratio_by_module")
     if not len(series):
         return None
     per_step = np.array([median(row) for row in series.values])
     near = per_step[np.abs(series.steps - first) <= NEAR]
-    near = near[np.isfinite(near)]
-    value = max(median(per_step, default=0.0), float(near.max()) if len(near) else 0.0)
+    value = max(median(per_step, default=0.0), float(near[np.isfinite(near)].max(initial=0.0)))
     return value if value >= UPDATE else None
 
 

@@ -1,0 +1,219 @@
+"""One training run in hand: its model, optimizer and loss, and the steps, evaluations and checkpoints it takes."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.catalogue import method
+from trimtab.errors import RecordError, UsageError
+from trimtab.record import Recorder, save_checkpoint
+from trimtab.record.checkpoint import rng_state, set_rng_state
+from trimtab.remedy import apply
+from trimtab.scalars import to_scalar
+from trimtab.workloads.interrupt import Interrupt
+from trimtab.workloads.outcome import Outcome, mechanism
+from trimtab.workloads.settings import Settings
+from trimtab.workloads.workload import Workload
+
+if TYPE_CHECKING:
+    from trimtab.watch.watch import Watch
+
+Progress = Callable[[int, int, float], None]
+"""Called after each step with the steps done, the steps in all and the loss."""
+
+
+@dataclass
+class Standing:
+    """What a checkpoint holds besides weights and optimizer."""
+
+    step: int = 0
+    initial_loss: float = math.nan
+    cpu_seconds: float = 0.0
+
+
+class Session:
+    """Model, optimizer and loss of one run, and where it stands."""
+
+    def __init__(self, workload: Workload, asked: Settings, identity: dict[str, Any]) -> None:
+        self.workload = workload
+        self.asked = asked
+        self.identity = identity
+        self.settings = asked
+        self.model = workload.model(asked.seed)
+        self.loss: Callable[[Tensor, Tensor], Tensor] = workload.loss
+        self.applied: list[tuple[str, dict[str, str]]] = []
+        for name in asked.remedies:
+            self._apply(name)
+        self.optimizer = _optimizer(self.model, self.settings)
+        # Remedies may draw random numbers; dropout must be the same with and without them.
+        torch.manual_seed(asked.seed)
+        self.at = Standing()
+        self.metrics: dict[str, float] = {}
+        self.diverged = False
+
+    def _apply(self, name: str) -> None:
+        card = method(name)
+        if card.acts_on == "model":
+            self.applied.append((name, dict(apply(self.model, name).changes)))
+        elif card.apply is None:
+            raise UsageError(f"{name} cannot be applied to a run.")
+        elif card.acts_on == "loss":
+            self.loss = card.apply(self.loss)
+            self.applied.append((name, {"loss": card.equation}))
+        else:
+            before = self.settings.model_dump()
+            after = dict(card.apply(before))
+            self.settings = Settings(**after)
+            changed = {key: f"{before[key]} -> {after[key]}" for key in before if before[key] != after[key]}
+            self.applied.append((name, changed))
+
+    def start(self, saved: dict[str, Any] | None, recorder: Recorder | None) -> None:
+        """Continue from a checkpoint's state, or evaluate the model at initialisation."""
+        if saved is not None:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            set_rng_state(saved["rng"])
+            self.at = Standing(**saved["progress"])
+        else:
+            self.at.initial_loss = self.workload.evaluate(self.model)["loss"]
+        if recorder is None:
+            return
+        recorder.meta("initial_loss", self.at.initial_loss)
+        if saved is not None:
+            recorder.event(self.at.step, "resumed", f"resumed after {self.at.step} steps")
+            return
+        for name, changes in self.applied:
+            recorder.event(0, "applied", f"{name} was applied", {"method": name, "changes": changes})
+
+    def loop(
+        self,
+        folder: Path | None,
+        recorder: Recorder | None,
+        watcher: Watch | None,
+        checkpoint_every: int,
+        progress: Progress | None,
+        interrupt: Interrupt,
+    ) -> None:
+        """Train to the end of the schedule, a loss that is not finite, or Ctrl-C."""
+        steps = self.settings.steps
+        evaluate_every = max(1, steps // self.workload.evaluations)
+        while self.at.step < steps and not self.diverged:
+            loss = self.step(recorder, watcher)
+            if self.diverged:
+                break
+            self.at.step += 1
+            if self.at.step % evaluate_every == 0 and self.at.step < steps:
+                self.evaluate(recorder)
+            if checkpoint_every and self.at.step % checkpoint_every == 0 and self.at.step < steps:
+                self.save(folder, recorder)
+            if progress is not None:
+                progress(self.at.step, steps, loss)
+            if interrupt.asked:
+                self.save(folder, recorder)
+                if recorder is not None:
+                    recorder.close("interrupted")
+                raise KeyboardInterrupt
+        if not self.diverged:
+            self.evaluate(recorder)
+            self.diverged = not math.isfinite(self.metrics["loss"])
+        self.save(folder, recorder, final=True)
+        if self.diverged and recorder is not None:
+            recorder.close("diverged")
+
+    def step(self, recorder: Recorder | None, watcher: Watch | None) -> float:
+        """Take one optimizer step and return its loss; a loss that is not finite leaves the weights as they are."""
+        began = time.process_time()
+        settings, at = self.settings, self.at.step
+        lr = settings.learning_rate(at)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        inputs, targets = self.workload.batch(settings.seed, at, settings.batch_size)
+        loss = self.loss(self.model(inputs), targets)
+        value = to_scalar(loss)
+        loss.backward()
+        norm = None
+        if settings.clip:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+        self.diverged = not math.isfinite(value)
+        if not self.diverged:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        if watcher is not None:
+            watcher.step(loss, step=at)
+        elif recorder is not None:
+            recorder.log(at, "loss", value)
+            recorder.log(at, "lr", lr)
+            if norm is not None:
+                recorder.log(at, "grad_norm", to_scalar(norm))
+        self.at.cpu_seconds += time.process_time() - began
+        return value
+
+    def evaluate(self, recorder: Recorder | None) -> None:
+        """Evaluate on the test part; no random number is drawn and the model's modes stay as they are."""
+        self.metrics = self.workload.evaluate(self.model)
+        if recorder is not None:
+            for name, value in self.metrics.items():
+                # The accuracy on the training batches is the watch's signal; the one on the whole part is an outcome.
+                if not name.startswith("train_"):
+                    recorder.log(self.at.step - 1, f"eval_{name}", value)
+
+    def save(self, folder: Path | None, recorder: Recorder | None, *, final: bool = False) -> None:
+        """Write a checkpoint. Only the last one's failure ends the run; another is tried at the next occasion."""
+        if folder is None or recorder is None:
+            return
+        # Rows first: a resumed run does not log again what lies before its checkpoint.
+        recorder.flush()
+        state = {
+            "identity": self.identity,
+            "progress": vars(self.at).copy(),
+            "model": dict(self.model.state_dict()),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": rng_state(),
+        }
+        try:
+            path = save_checkpoint(folder, self.at.step, state)
+        except RecordError as error:
+            if final:
+                raise
+            warnings.warn(f"{error} Training goes on.", RuntimeWarning, stacklevel=2)
+            return
+        recorder.event(self.at.step, "checkpoint", f"checkpoint after {self.at.step} steps", {"path": str(path)})
+        recorder.flush()
+
+    def outcome(self, folder: Path | None) -> Outcome:
+        """Return what came out."""
+        return Outcome(
+            workload=self.workload.name,
+            settings=self.asked.model_dump(mode="json"),
+            loss=self.at.initial_loss if self.diverged else self.metrics["loss"],
+            metrics={} if self.diverged else dict(self.metrics),
+            initial_loss=self.at.initial_loss,
+            diverged=self.diverged,
+            steps=self.at.step,
+            cpu_seconds_per_step=self.at.cpu_seconds / max(1, self.at.step),
+            mechanism={} if folder is None else mechanism(folder),
+            folder=None if folder is None else str(folder),
+        )
+
+
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        weight_decay=settings.weight_decay,
+    )

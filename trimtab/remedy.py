@@ -58,7 +58,7 @@ def apply(model: nn.Module, name: str, **options: Any) -> Applied:
 
 
 def remove(model: nn.Module, name: str) -> Applied:
-    """Undo a method that `apply` put into a model, keeping the function it computes.
+    """Undo a method that `apply` put into a model: merged where the method allows it, otherwise taken out.
 
     Raises:
         UsageError: if there is no such method, if it cannot be undone, or if the model does not carry it.

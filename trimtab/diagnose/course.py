@@ -74,3 +74,9 @@ def loss_course(signals: Signals) -> Course | None:
 def _initial(losses: np.ndarray) -> float:
     typical = median(losses[:_FIRST])
     return float(losses[0]) if 0 < losses[0] < typical / 2 else typical
+
+
+def ends_broken(signals: Signals) -> bool:
+    """Return whether the record ends in a loss that is not finite."""
+    loss = signals.series("loss")
+    return len(loss) > 0 and not np.isfinite(loss.flat[-1])

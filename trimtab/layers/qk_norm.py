@@ -207,13 +207,13 @@ CARD = Card(
         "equation": (
             "tests/layers/test_qk_norm.py::test_equals_numpy_layer_norm",
             "tests/layers/test_qk_norm.py::test_logits_are_bounded",
-            "tests/layers/test_qk_norm.py::test_multihead_equals_closed_form",
+            "tests/layers/test_multihead.py::test_equals_closed_form",
         ),
         "reference": (
             "tests/layers/test_qk_norm_reference.py::test_equals_stablelm",
             "tests/layers/test_qk_norm_reference.py::test_equals_qwen3",
             "tests/layers/test_qk_norm_reference.py::test_equals_phi",
-            "tests/layers/test_qk_norm.py::test_multihead_without_norm_equals_torch",
+            "tests/layers/test_multihead.py::test_without_norm_equals_torch",
         ),
     },
     deviations=(

@@ -6,7 +6,7 @@ function that grows linearly and falls like 1 / -x:
 
     s(x) = x + 1 for x >= 0, 1 / (1 - x) for x < 0;   StableMax(x)_i = s(x_i) / sum_j s(x_j)
 
-Prieto et al. 2025 (arXiv:2501.04697), equation 5; authors' code
+Prieto et al. 2025 (arXiv:2501.04697); authors' code
 LucasPrietoAl/grokking-at-the-edge-of-numerical-stability, utils.py. As log s(x) = sign(x) log(1 + |x|), it is a softmax
 of logarithmically squeezed logits, and is computed as one.
 
@@ -87,7 +87,7 @@ def stablemax_cross_entropy(
         0.5596
 
     References:
-        Prieto et al. 2025, arXiv:2501.04697, section 4.1.
+        Prieto et al. 2025, arXiv:2501.04697.
     """
     check_logits(logits)
     check_targets(logits, targets)

@@ -115,7 +115,7 @@ class LMSmall(_LanguageModelling):
         lr=0.01, beta2=0.95, weight_decay=0.1, clip=1.0, warmup=0.1, steps=1000, batch_size=32, schedule="cosine"
     )
     sources: ClassVar[Mapping[str, str]] = {
-        "lr": "ours: of 0.003, 0.01 and 0.03 the lowest test loss (1.81, 1.66, 1.81 at 1000 steps, seed 0)",
+        "lr": "ours: of 0.003, 0.01 and 0.03 the lowest test loss (1.81, 1.68, 1.81 at 1000 steps, seed 0)",
         "beta2": "GPT-3 (arXiv:2005.14165), appendix B",
         "weight_decay": "GPT-3 (arXiv:2005.14165), appendix B",
         "clip": "GPT-3 (arXiv:2005.14165), appendix B",

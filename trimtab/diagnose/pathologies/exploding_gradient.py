@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trimtab.diagnose.course import Course, loss_course
+from trimtab.diagnose.course import Course, ends_broken, loss_course
 from trimtab.diagnose.papers import GLOROT, PASCANU
 from trimtab.diagnose.pathology import Match, Pathology, Signals
 from trimtab.diagnose.robust import episodes, finite_points, median, rolling_median
@@ -32,7 +32,7 @@ IMPROVED = 0.9
 def rule(signals: Signals) -> Match | None:
     """Fire where the running median of the gradient norm is beyond LEVEL (cross-entropy) or has grown GROWTH-fold."""
     steps, norms = finite_points(signals.series("grad_norm"))
-    broken = _ends_broken(signals)
+    broken = ends_broken(signals)
     if not len(norms) or (len(norms) < WINDOW and not broken):
         return None
     smooth = rolling_median(norms, WINDOW)
@@ -68,12 +68,6 @@ def rule(signals: Signals) -> Match | None:
     )
     critical = broken or _no_better(course)
     return Match("critical" if critical else "warning", first, last, modules, evidence, cause)
-
-
-def _ends_broken(signals: Signals) -> bool:
-    """Return whether the record ends in losses that are not finite."""
-    loss = signals.series("loss")
-    return len(loss) > 0 and not np.isfinite(loss.flat[-1])
 
 
 def _no_better(course: Course | None) -> bool:

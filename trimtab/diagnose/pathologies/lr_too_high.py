@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimtab.diagnose.course import Course, loss_course
+from trimtab.diagnose.course import Course, ends_broken, loss_course
 from trimtab.diagnose.papers import CS231N, SMITH, WORTSMAN
 from trimtab.diagnose.pathology import Match, Pathology, Signals
 from trimtab.diagnose.robust import finite_points, median
@@ -27,9 +27,11 @@ CLIPPED = 0.9
 CLIP = 0.05
 """... by this factor, typically (0.25 there)."""
 HOLD = 10
-"""Steps above the level."""
+"""Steps above the level (fewer do where the run ends in losses that are not finite)."""
 NOISE = 5.0
 """Times the spread of single losses that an overshoot must exceed."""
+NOISIEST = 0.5
+"""Ours: most noise that is allowed for, as part of the initial loss."""
 LOST = 0.5
 """Share of the progress lost again; see loss-divergence."""
 SHORTEST = 100
@@ -53,7 +55,7 @@ def rule(signals: Signals) -> Match | None:
     course = loss_course(signals)
     if course is None or course.initial <= 0:
         return None
-    damage = _overshoot(course) or _stuck(course) or _undone(course)
+    damage = _overshoot(course, ends_broken(signals)) or _stuck(course) or _undone(course)
     if damage is None:
         return None
     update = _update(signals, damage.first)
@@ -85,15 +87,17 @@ def rule(signals: Signals) -> Match | None:
     return Match("critical" if critical else "warning", damage.first, damage.last, (), evidence, cause)
 
 
-def _overshoot(course: Course) -> _Damage | None:
+def _overshoot(course: Course, broken: bool) -> _Damage | None:
     """Return how the smoothed loss rose above its beginning."""
-    above = np.flatnonzero(course.smooth >= OVERSHOOT * course.initial + NOISE * course.noise)
-    if len(above) < max(HOLD, course.window):
+    # A loss that explodes is its own noise, so the allowance for noise is bounded.
+    level = OVERSHOOT * course.initial + NOISE * min(course.noise, NOISIEST * course.initial)
+    above = np.flatnonzero(course.smooth >= level)
+    if len(above) < (course.window if broken else max(HOLD, course.window)):
         return None
     high = float(np.max(course.smooth))
-    times = f"{OVERSHOOT} times its beginning for {len(above)} steps"
+    times = f"{level / course.initial:.3g} times its beginning for {len(above)} steps"
     what = f"the loss rose from {course.initial:.4g} to {high:.4g} and was {times}"
-    return _Damage(int(course.steps[above[0]]), int(course.steps[above[-1]]), high, OVERSHOOT * course.initial, what)
+    return _Damage(int(course.steps[above[0]]), int(course.steps[above[-1]]), high, level, what)
 
 
 def _stuck(course: Course) -> _Damage | None:
@@ -121,7 +125,7 @@ def _undone(course: Course) -> _Damage | None:
 
 
 def _update(signals: Signals, first: int) -> float | None:
-    """Return the run's typical update-to-weight ratio, or the largest about the onset of the damage, if beyond UPDATE."""
+    """Return the update-to-weight ratio, typical or largest about the onset of the damage, if it is beyond UPDATE."""
     series = signals.series("update_ratio_by_module")
     if not len(series):
         return None

@@ -29,7 +29,7 @@ docs: $(VENV)/.ready-dev
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.ready-dev
-	$(BIN)/python benchmarks/import_time.py
+	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:
 	rm -rf $(VENV) site build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

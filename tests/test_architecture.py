@@ -24,7 +24,7 @@ from trimtab.names import ROOMS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trimtab"
-LONGEST = 420
+LONGEST = {"trimtab": 400, "tests": 450, "benchmarks": 400, "docs": 400}
 
 BASE = frozenset({"errors", "names", "scalars", "card", "catalogue", "remedy"})
 REMEDIES = frozenset(ROOMS)
@@ -233,9 +233,12 @@ def test_public_names_are_objects_whatever_was_imported_before() -> None:
 
 
 def test_no_file_is_too_long() -> None:
-    tree = [path for room in ("trimtab", "tests", "benchmarks", "docs") for path in (ROOT / room).rglob("*.py")]
-    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in tree}
-    assert not {path: length for path, length in lengths.items() if length > LONGEST}
+    lengths = {
+        path.relative_to(ROOT): len(path.read_text(encoding="utf-8").splitlines())
+        for folder in LONGEST
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert not {str(path): length for path, length in lengths.items() if length > LONGEST[path.parts[0]]}
 
 
 def test_importing_trimtab_loads_nothing_heavy() -> None:

@@ -24,8 +24,8 @@ LEAVE = 0.10
 BEGAN = 0.20
 """Ours: a layer spread over a fifth of its range at the start can collapse; fresh ones begin at 0.95 and more."""
 LOGITS = 50.0
-"""Ours: a look-up of one key in a thousand needs logits of about log(1000) = 7 apart; healthy heads stay below 50 in
-size."""
+"""Ours: a look-up of one key in a thousand needs logits of about log(1000) = 7 apart. Healthy layers with larger logits
+(69 in lm-medium) keep an entropy ratio of 0.4."""
 HOLD = 3
 """Samples in a row."""
 LOST = 0.2

@@ -21,7 +21,7 @@ OVERSHOOT = 1.5
 STUCK = 0.2
 """Ours: a loss that ends less than this part below its beginning, and never came below twice that."""
 UPDATE = 0.05
-"""Ours: 0.013 is the largest median of a healthy run; CS231n's rule of thumb is 1e-3."""
+"""Ours: 0.013 is the largest median of a tuned run; CS231n's rule of thumb is 1e-3."""
 CLIPPED = 0.9
 """Ours: share of steps that are clipped (0.95 in a healthy vision transformer: no sign by itself) ..."""
 CLIP = 0.05

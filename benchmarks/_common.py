@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -15,7 +12,7 @@ from typing import Any
 
 import torch
 
-import trimtab
+from trimtab.record.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -23,21 +20,6 @@ RESULTS = Path(__file__).parent / "results"
 def one_thread() -> None:
     """Compute on one torch thread, so that CPU seconds mean the same on every machine."""
     torch.set_num_threads(1)
-
-
-def environment() -> dict[str, Any]:
-    """Return what a figure depends on: machine, Python and library versions, threads."""
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": importlib.metadata.version("numpy"),
-        "trimtab": trimtab.__version__,
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
 
 
 def write(name: str, result: Mapping[str, Any], *, folder: Path = RESULTS) -> Path:
@@ -75,11 +57,3 @@ def ratio(seconds: Mapping[str, Sequence[float]], arm: str, baseline: str) -> di
     paired = [a / b for a, b in zip(seconds[arm], seconds[baseline], strict=True)]
     low, middle, high = statistics.quantiles(paired, n=4, method="inclusive")
     return {"median": middle, "quartile_low": low, "quartile_high": high}
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

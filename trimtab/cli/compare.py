@@ -110,5 +110,5 @@ def print_comparison(result: Comparison) -> None:
     count = len(result.seeds)
     title = f"{result.workload}: final {result.metric} ({better} is better), {count} paired seed{'s' * (count > 1)}"
     heads = ["arm", f"{result.metric} ±sd", *(_HEADS[name] for name in mechanisms), "CPU ms/step", "diverged"]
-    heads += ["difference [95% interval]", "verdict"]
+    heads += ["difference [95%]", "verdict"]
     console().print(table(title, heads, rows))

@@ -21,6 +21,7 @@ from typing import Any
 from trimtab.compare.pool import Pool
 from trimtab.compare.store import claimed, read_json
 from trimtab.errors import RunFailedError, UsageError
+from trimtab.record.environment import processor
 
 _BYSTANDERS = ("cli", "diagnose", "integrations", "report", "testing")
 """Rooms that cannot change what a training job returns, so that work on them keeps finished jobs valid."""
@@ -193,14 +194,5 @@ def fingerprint() -> str:
             digest.update(f"{place.as_posix()}\0".encode() + path.read_bytes() + b"\0")
     for package in ("torch", "numpy"):
         digest.update(importlib.metadata.version(package).encode())
-    digest.update(f"{platform.python_version()} {platform.machine()} {_cpu()}".encode())
+    digest.update(f"{platform.python_version()} {platform.machine()} {processor()}".encode())
     return digest.hexdigest()
-
-
-def _cpu() -> str:
-    """The CPU's model where the system tells it: kernels, and so roundings, differ between CPUs."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found.group(1) if found else platform.processor()

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import platform
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from trimtab.errors import RecordError, UsageError
 from trimtab.record import Recorder, Run, latest_checkpoint, load_checkpoint
+from trimtab.record.environment import environment
 from trimtab.workloads.interrupt import interruptible
 from trimtab.workloads.outcome import Outcome
 from trimtab.workloads.session import Progress, Session
@@ -124,15 +122,7 @@ def _open(
     else:
         recorder = stack.enter_context(Recorder(folder, resume=resume))
         recorder.meta("parameters", {name: p.numel() for name, p in run.model.named_parameters()})
-        recorder.meta(
-            "environment",
-            {
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "threads": torch.get_num_threads(),
-            },
-        )
+        recorder.meta("environment", environment())
     recorder.meta("workload", run.workload.name)
     recorder.meta("config", run.asked.model_dump(mode="json"))
     recorder.meta("identity", run.identity)

@@ -58,6 +58,8 @@ def _lines(entry: Reproduction) -> list[str]:
             f"mechanism: {experiment.mechanism} changed by {entry.mechanism.mean:+.3g} "
             f"({entry.mechanism.level:.0%} interval {low:+.3g} to {high:+.3g}, n={entry.mechanism.n})"
         )
+    elif experiment.mechanism:
+        lines.append(f"mechanism: {experiment.mechanism} is not recorded in both arms")
     if experiment.outcome:
         lines.append(f"on the card: {experiment.outcome}")
     return lines

@@ -92,6 +92,10 @@ class Comparison:
             for result in self.results[1:]
         }
 
+    def has_signal(self, name: str) -> bool:
+        """Whether every run recorded a signal: a loss that is no cross-entropy has no softmax to look at."""
+        return all(name in outcome.mechanism for result in self.results for outcome in result.outcomes)
+
     @property
     def runs(self) -> list[Path]:
         """The folders of all runs, arm by arm."""

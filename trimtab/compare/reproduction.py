@@ -26,7 +26,8 @@ class Reproduction:
     Attributes:
         experiment: as the Card states it.
         comparison: the paired runs.
-        mechanism: the mechanism's metric, treated against baseline (lower counts as better), or None.
+        mechanism: the mechanism's metric, treated against baseline (lower counts as better), or None where the Card
+            names none or an arm does not record it.
     """
 
     experiment: Experiment
@@ -90,7 +91,7 @@ def reproduce(
             progress=progress,
         )
         mechanism = None
-        if experiment.mechanism:
+        if experiment.mechanism and comparison.has_signal(experiment.mechanism):
             mechanism = comparison.paired(experiment.mechanism)[experiment.treated]
         found.append(Reproduction(experiment, comparison, mechanism))
     results = {"method": card.name, "results": [entry.to_json() for entry in found]}

@@ -225,8 +225,16 @@ CARD = Card(
         "again.",
     ),
     experiments=(
-        Experiment("lm-small", "lr=0.1", "lr=0.1,with=qk-norm", mechanism="attention_max_logit"),
-        Experiment("lm-small", "lr=0.3", "lr=0.3,with=qk-norm", mechanism="attention_max_logit"),
+        Experiment(
+            "lm-small",
+            "lr=0.1",
+            "lr=0.1,with=qk-norm",
+            mechanism="attention_max_logit",
+            outcome=(
+                "better: final loss 2.148 to 1.752, difference -0.396 (95 % interval -0.498 to -0.293), n=5; largest "
+                "attention logit 2,160 to 12.9"
+            ),
+        ),
     ),
     apply=_apply,
     remove=_remove,

@@ -245,8 +245,16 @@ CARD = Card(
         "projection is one matrix with one gamma, as in the authors' vision code.",
     ),
     experiments=(
-        Experiment("lm-small", "lr=0.1", "lr=0.1,with=sigma-reparam", mechanism="attention_max_logit"),
-        Experiment("lm-small", "lr=0.3", "lr=0.3,with=sigma-reparam", mechanism="attention_max_logit"),
+        Experiment(
+            "lm-small",
+            "lr=0.1",
+            "lr=0.1,with=sigma-reparam",
+            mechanism="attention_max_logit",
+            outcome=(
+                "better: final loss 2.148 to 1.759, difference -0.389 (95 % interval -0.460 to -0.318), n=5; largest "
+                "attention logit 2,160 to 37, lowest attention entropy 0.011 to 1.27 nats"
+            ),
+        ),
     ),
     apply=_apply,
     remove=_remove,

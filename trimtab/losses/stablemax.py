@@ -148,7 +148,6 @@ CARD = Card(
             "adamw,with=stablemax",
             metric="accuracy",
             higher_is_better=True,
-            mechanism="zero_loss_fraction",
         ),
     ),
     apply=_apply,

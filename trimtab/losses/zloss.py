@@ -150,9 +150,23 @@ CARD = Card(
             "modadd-nodecay",
             "adamw",
             "adamw,with=z-loss",
+            metric="logits_abs_log_z",
+            mechanism="zero_loss_fraction",
+            outcome=(
+                "better at what it is for: largest mean |log Z| 615 to 14, difference -601 (95 % interval -629 to "
+                "-574), n=5; samples with a loss of exactly 0 fall from 71 % to 8 %"
+            ),
+        ),
+        Experiment(
+            "modadd-nodecay",
+            "adamw",
+            "adamw,with=z-loss",
             metric="accuracy",
             higher_is_better=True,
-            mechanism="logits_abs_log_z",
+            outcome=(
+                "no evidence here (difference -0.0009 to +0.0005, n=5): it holds the logits, but does not make the run "
+                "generalise"
+            ),
         ),
     ),
     apply=WithZLoss,

@@ -78,6 +78,17 @@ CARD = Card(
     ),
     verified={"equation": ("tests/schedule/test_lower_lr.py::test_divides_only_the_learning_rate",)},
     deviations=("The paper divides by three, again and again; the default divides by ten, once.",),
-    experiments=(Experiment("lm-small", "lr=0.1", "lr=0.1,with=lower-lr", mechanism="attention_max_logit"),),
+    experiments=(
+        Experiment(
+            "lm-small",
+            "lr=0.1",
+            "lr=0.1,with=lower-lr",
+            mechanism="attention_max_logit",
+            outcome=(
+                "better: final loss 2.148 to 1.679, difference -0.469 (95 % interval -0.547 to -0.390), n=5; largest "
+                "attention logit 2,160 to 46"
+            ),
+        ),
+    ),
     apply=with_lower_lr,
 )

@@ -215,6 +215,7 @@ CARD = Card(
             "tests/layers/test_qk_norm_reference.py::test_equals_phi",
             "tests/layers/test_multihead.py::test_without_norm_equals_torch",
         ),
+        "claim": ("tests/claims/test_remedies.py::test_attention_logits_stay_bounded_and_entropy_does_not_collapse",),
     },
     deviations=(
         "ViT-22B's LayerNorms have neither bias nor centering, which makes them RMSNorms; the equation in the paper, "

@@ -233,6 +233,7 @@ CARD = Card(
             "tests/layers/test_sigma_reparam.py::test_one_power_iteration_per_training_forward",
         ),
         "reference": ("tests/layers/test_sigma_reparam.py::test_equals_torch_spectral_norm",),
+        "claim": ("tests/claims/test_remedies.py::test_attention_logits_stay_bounded_and_entropy_does_not_collapse",),
     },
     deviations=(
         "gamma starts at 1 as in the paper and the authors' speech code; their vision code starts it at sigma(W) "

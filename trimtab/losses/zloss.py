@@ -140,6 +140,7 @@ CARD = Card(
             "tests/losses/test_zloss.py::TestZLoss::test_micro_batches_add_up",
         ),
         "reference": ("tests/losses/test_zloss.py::test_equals_transformers_router_z_loss",),
+        "claim": ("tests/claims/test_remedies.py::test_z_loss_holds_log_z",),
     },
     deviations=(
         "A batch without any position that counts has loss 0 and gradient 0, where torch's mean cross-entropy is NaN.",

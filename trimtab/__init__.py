@@ -25,7 +25,19 @@ _HOME = {
     "methods": "trimtab.catalogue",
     "remove": "trimtab.remedy",
 }
-_ROOMS = ("compare", "diagnose", "layers", "losses", "record", "report", "schedule", "testing", "watch", "workloads")
+_ROOMS = (
+    "compare",
+    "diagnose",
+    "integrations",
+    "layers",
+    "losses",
+    "record",
+    "report",
+    "schedule",
+    "testing",
+    "watch",
+    "workloads",
+)
 
 
 def __getattr__(name: str) -> Any:

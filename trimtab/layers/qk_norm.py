@@ -197,7 +197,7 @@ CARD = Card(
     ),
     acts_on="model",
     entry="trimtab.layers.qk_norm:QKNorm",
-    treats={"attention-logit-growth": 1, "attention-entropy-collapse": 2, "lr-too-high": 2},
+    treats={"attention-logit-growth": 1, "attention-entropy-collapse": 2},
     defaults=(
         Default("kind", "layer", "paper, section 2: LayerNorm; Flax's MultiHeadDotProductAttention(normalize_qk=True)"),
         Default("eps", 1e-6, "Flax's LayerNorm, which the paper's code base uses"),

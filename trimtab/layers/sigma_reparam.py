@@ -220,7 +220,7 @@ CARD = Card(
     ),
     acts_on="model",
     entry="trimtab.layers.sigma_reparam:SigmaReparam",
-    treats={"attention-entropy-collapse": 1, "attention-logit-growth": 2, "lr-too-high": 3},
+    treats={"attention-entropy-collapse": 1, "attention-logit-growth": 2},
     defaults=(
         Default("gamma_init", 1.0, "paper, section 3.2; the authors' speech code (speech/layers.py)"),
         Default("iterations per training forward", 1, "authors' code, vision/layers.py and speech/layers.py"),

@@ -148,6 +148,10 @@ CARD = Card(
             "adamw,with=stablemax",
             metric="accuracy",
             higher_is_better=True,
+            outcome=(
+                "no evidence here: held-out accuracy stays below 0.1 % in both arms after 1,000 steps (n=5), and with "
+                "StableMax after 10,000 steps too (one seed)"
+            ),
         ),
     ),
     apply=_apply,

@@ -22,7 +22,6 @@ _SHORT = {
     "activation_max": "Largest activation",
     "dead_fraction": "Largest share of dead units",
     "attention_entropy_ratio": "Lowest share of the possible entropy",
-    "confidence_one_fraction": "Largest share with confidence 1",
 }
 
 

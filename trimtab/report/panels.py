@@ -53,7 +53,6 @@ PANELS: tuple[Panel, ...] = (
     _one("Output", "logits_abs_log_z", "Output logits: mean |log Z|"),
     _one("Output", "logits_max", "Output logits: largest"),
     _one("Output", "zero_loss_fraction", "Samples whose loss is exactly 0", "share"),
-    _one("Output", "confidence_one_fraction", "Samples with confidence exactly 1", "share"),
     _one("Activations", "activation_rms", "Activation RMS", "log"),
     _one("Activations", "activation_max", "Activation: largest value", "log"),
     _one("Activations", "activation_kurtosis", "Activation kurtosis", "log"),

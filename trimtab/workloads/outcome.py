@@ -16,7 +16,6 @@ _WORST: dict[str, Callable[[np.ndarray], Any]] = {
     "attention_entropy": np.min,
     "attention_entropy_ratio": np.min,
     "attention_max_logit": np.max,
-    "confidence_one_fraction": np.max,
     "dead_fraction": np.max,
     "grad_norm": np.max,
     "logits_abs_log_z": np.max,

@@ -45,7 +45,7 @@ class _Size:
         return Arm(" + ".join([f"lr {self.lr:g}", *remedies]), settings)
 
 
-_FULL = _Size(lr=0.1, steps=500, batch_size=8, seeds=3)
+_FULL = _Size(lr=0.1, steps=500, batch_size=8, seeds=4)
 _QUICK = _Size(lr=0.1, steps=200, batch_size=8, seeds=2)
 
 

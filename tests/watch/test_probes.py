@@ -50,6 +50,15 @@ class TestGradients(ProbeTestCase):
             assert run.series("grad_clip").flat[0] == pytest.approx(0.5 / total, rel=1e-4)
             assert run.series("lr").flat.tolist() == [0.1]
 
+    def test_gradients_below_the_limit_are_not_clipped(self, tmp_path):
+        model = nn.Linear(3, 2)
+        with Watch(model, to=tmp_path) as watch:
+            model(torch.ones(1, 3)).sum().backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+            watch.step()
+        with Run(tmp_path) as run:
+            assert run.series("grad_clip").flat.tolist() == [1.0]
+
     def test_a_parameter_without_gradient_counts_as_zero(self, tmp_path):
         model = nn.ModuleDict({"used": nn.Linear(2, 1), "unused": nn.Linear(2, 1)})
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

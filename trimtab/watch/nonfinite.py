@@ -35,6 +35,18 @@ class Origin:
         return {key: value for key, value in asdict(self).items() if key != "message"}
 
 
+OVERFLOW = Origin(
+    "",
+    "gradient",
+    "every parameter",
+    "every gradient is not finite although the loss and every module's output are: backward overflows (a loss scale?)",
+)
+"""What is reported in place of a non-finite loss once the loss turns out to be finite."""
+
+MOST = 20
+"""Stretches of non-finite steps that are located in one run; a loss scaler's skips would go on for ever."""
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether every element is finite; other than floating-point tensors always are."""
     return not tensor.is_floating_point() or bool(to_scalar(torch.isfinite(tensor).all()))

@@ -89,7 +89,9 @@ class Watch:
         self._step = first_step
         self._compiled = is_compiled(model)
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-        self._bad_steps = 0
+        self._origin: nonfinite.Origin | None = None
+        self._episode = False
+        self._located = 0
         self._ranks = world_size()
         self._forget_step()
 
@@ -168,6 +170,7 @@ class Watch:
         recorder = self.recorder
         if step is not None:
             self._step = step
+        finite = True
         if isinstance(loss, Tensor) and loss.numel() != 1:
             raise UsageError(f"step takes a loss with one element, got shape {tuple(loss.shape)}: reduce it first.")
         if logits is not None and targets is not None and self.sampled:
@@ -184,8 +187,10 @@ class Watch:
         if loss is not None:
             value = numbers.pop()[0] if isinstance(loss, Tensor) else float(loss)
             recorder.log(self._step, "loss", value)
-            if not abs(value) < float("inf"):
-                self._note_non_finite(on_every_rank=False)
+            finite = abs(value) < float("inf")
+            if not finite:
+                self._locate_non_finite(on_every_rank=False)
+        self._report_non_finite(finite)
         for (name, labels, _), values in zip(readings, numbers, strict=True):
             recorder.log(self._step, name, values, labels)
         for name, labels, values in self._extra:
@@ -216,6 +221,7 @@ class Watch:
     def close(self, status: str = "finished") -> None:
         """Take every hook away and close the record. Closing twice is harmless."""
         self._end_sample()
+        self._report_non_finite(loss_is_finite=False)
         for handle in self._handles:
             handle.remove() if isinstance(handle, RemovableHandle) else handle()
         self._handles.clear()
@@ -238,6 +244,8 @@ class Watch:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
         self._inputs = (args, kwargs)
+        # Gradients read before this pass are not this step's: the loop closed its step before the optimizer's.
+        self._norms = None
         if self.sampled and not self._seen_forward and not self._compiled:
             self._seen_forward = True
             self._sample = ForwardSample(module, self._probes)
@@ -299,29 +307,36 @@ class Watch:
             self._probes.broadcast("on_gradients", self._scene, norms, sampled=self.sampled)
             self._norms = [value for (value,) in to_floats(norms)]
         if not sum(self._norms) < float("inf"):
-            self._note_non_finite(on_every_rank=True)
+            self._locate_non_finite(on_every_rank=True)
 
-    def _note_non_finite(self, *, on_every_rank: bool) -> None:
-        """Locate the first non-finite value of the run; afterwards only count.
+    def _locate_non_finite(self, *, on_every_rank: bool) -> None:
+        """Locate a non-finite value when a stretch of them begins; within the stretch there is nothing new to see.
 
         With several ranks nothing is run or gathered that the others do not run too: a forward pass alone would hang.
         """
-        self._bad_steps += 1
-        if self._bad_steps > 1:
+        if self._episode or self._located >= nonfinite.MOST:
+            self._episode = True
             return
+        self._episode = True
+        self._located += 1
         if self._ranks > 1 and not on_every_rank:
-            self.event(
-                "non-finite", "the loss of this rank is not finite", {"module": "", "tensor": "loss", "name": "loss"}
-            )
+            self._origin = nonfinite.Origin("", "loss", "loss", "the loss of this rank is not finite")
             return
         args, kwargs = self._inputs if self._ranks == 1 else ((), {})
         try:
-            origin = nonfinite.locate(self._model, args, kwargs, self._scene.names, self._norms or ())
+            self._origin = nonfinite.locate(self._model, args, kwargs, self._scene.names, self._norms or ())
         except Exception as error:
-            data = {"module": "", "tensor": "unknown", "name": ""}
-            self.event("non-finite", f"not located: {type(error).__name__}: {error}", data)
-            return
-        self.event("non-finite", origin.message, origin.data())
+            self._origin = nonfinite.Origin("", "unknown", "", f"not located: {type(error).__name__}: {error}")
+
+    def _report_non_finite(self, loss_is_finite: bool) -> None:
+        """Record where the step's non-finite value arose, now that its loss is known; a clean step ends the stretch."""
+        origin, self._origin = self._origin, None
+        if origin is not None:
+            if origin.tensor == "loss" and loss_is_finite:
+                origin = nonfinite.OVERFLOW
+            self.event("non-finite", origin.message, origin.data())
+        elif loss_is_finite and self._norms is not None and sum(self._norms) < float("inf"):
+            self._episode = False
 
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():

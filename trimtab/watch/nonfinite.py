@@ -39,7 +39,7 @@ OVERFLOW = Origin(
     "",
     "gradient",
     "every parameter",
-    "every gradient is not finite although the loss and every module's output are: backward overflows (a loss scale?)",
+    "every gradient is not finite although every module's output is: the backward pass overflows (a loss scale?)",
 )
 """What is reported in place of a non-finite loss once the loss turns out to be finite."""
 

@@ -46,6 +46,16 @@ def choose(kind: str, value: object, valid: Iterable[str]) -> str:
     raise UsageError(f"unknown {kind} {value!r}.{hint} Valid: {', '.join(names) or 'none'}.")
 
 
+def reason(error: Exception) -> str:
+    """Return what an error says as part of one line: no line breaks, no full stop, its type if it says nothing.
+
+    Example:
+        >>> reason(ValueError("not a number."))
+        'not a number'
+    """
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional dependency when it is first needed.
 

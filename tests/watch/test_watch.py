@@ -254,6 +254,43 @@ def test_a_faulty_probe_never_changes_or_stops_training(fault, tmp_path):
         assert kinds == ([] if fault == "nan" else ["probe-failed", "probe-disabled"])
 
 
+@pytest.mark.parametrize("part", ["ForwardSample", "l2_norms"])
+def test_a_failure_of_the_watch_itself_never_stops_training(part, tmp_path, monkeypatch):
+    def broken(*_):
+        raise TypeError("of our own making")
+
+    free = outcome(plain, Unwatched)
+    monkeypatch.setattr(f"trimtab.watch.watch.{part}", broken)
+    with pytest.warns(RuntimeWarning, match="the watch failed in"):
+        assert_same(outcome(plain, lambda *pair: Watch(*pair, to=tmp_path, every=2)), free)
+    with Run(tmp_path) as run:
+        assert [event.kind for event in run.events()] == ["watch-failed"]
+        assert len(run.series("loss")) == 6
+
+
+def test_an_optimizer_without_a_learning_rate_is_watched(tmp_path):
+    class SignStep(torch.optim.Optimizer):
+        def __init__(self, parameters):
+            super().__init__(parameters, {})
+
+        @torch.no_grad()
+        def step(self, closure=None):
+            for parameter in self.param_groups[0]["params"]:
+                parameter.sub_(0.01 * parameter.grad.sign())
+
+    model = nn.Linear(3, 2)
+    optimizer = SignStep(model.parameters())
+    with Watch(model, optimizer, to=tmp_path) as watch:
+        loss = model(torch.ones(2, 3)).square().sum()
+        loss.backward()
+        optimizer.step()
+        watch.step(loss)
+    with Run(tmp_path) as run:
+        assert run.events() == []
+        assert "lr" not in run
+        assert run.series("update_norm").flat[0] == pytest.approx(0.01 * 8**0.5, rel=1e-3)
+
+
 def test_a_disk_that_fails_never_stops_training(tmp_path):
     class OnBadDisk(Watch):
         """A watch whose disk refuses every write from the start until just before the end."""

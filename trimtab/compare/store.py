@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import RecordError, UsageError
+from trimtab.record.files import write_whole
 
 try:
     import fcntl
@@ -24,18 +24,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     Raises:
         RecordError: if it cannot be written; the old file is still there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise RecordError(f"cannot write {path}: {error.strerror or error}.") from error
+    write_whole(path, json.dumps(data, indent=1))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

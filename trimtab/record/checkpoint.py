@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trimtab.errors import RecordError, UsageError
+from trimtab.errors import RecordError, UsageError, reason
 from trimtab.scalars import to_local_full
 
 _TENSOR = "__tensor__"
@@ -60,7 +60,7 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], *, kee
         shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, RecordError):
             raise
-        raise RecordError(f"cannot write a checkpoint in {home}: {_reason(error)}.") from error
+        raise RecordError(f"cannot write a checkpoint in {home}: {reason(error)}.") from error
     _tidy(home, keep)
     return final
 
@@ -83,7 +83,7 @@ def load_checkpoint(path: str | Path) -> tuple[int, dict[str, Any]]:
         document = json.loads((path / "state.json").read_text())
         return int(document["step"]), _restore(document["state"], tensors)
     except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
-        raise RecordError(f"{path} is not a readable checkpoint: {_reason(error)}.") from error
+        raise RecordError(f"{path} is not a readable checkpoint: {reason(error)}.") from error
 
 
 def _flatten(value: Any, tensors: dict[str, Tensor]) -> Any:
@@ -128,10 +128,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 def _checkpoints(home: Path) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.errors import RecordError
+from trimtab.errors import RecordError, reason
 from trimtab.record.schema import SCHEMA, TABLES, check_schema, record_path
 
 _KEEP = 200_000
@@ -88,7 +88,7 @@ class Recorder:
                 self._db.close()
             if isinstance(error, RecordError):
                 raise
-            raise RecordError(f"cannot write a record in {self.folder}: {_reason(error)}.") from error
+            raise RecordError(f"cannot write a record in {self.folder}: {reason(error)}.") from error
 
     def _open(self, db: sqlite3.Connection, rank: int) -> None:
         if db.execute("SELECT count(*) FROM sqlite_master WHERE name = 'meta'").fetchone()[0]:
@@ -150,7 +150,7 @@ class Recorder:
             if not self._warned:
                 self._warned = True
                 warnings.warn(
-                    f"trimtab cannot write {self.path} ({_reason(error)}): training goes on, signals wait in memory.",
+                    f"trimtab cannot write {self.path} ({reason(error)}): training goes on, signals wait in memory.",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -172,7 +172,7 @@ class Recorder:
     def _drop(self, listener: Listener, error: Exception) -> None:
         self._listeners.remove(listener)
         warnings.warn(
-            f"trimtab drops the listener {type(listener).__name__} ({type(error).__name__}: {_reason(error)}): "
+            f"trimtab drops the listener {type(listener).__name__} ({type(error).__name__}: {reason(error)}): "
             "the record and training go on.",
             RuntimeWarning,
             stacklevel=4,
@@ -250,7 +250,3 @@ def _parsed(text: object) -> Any:
 def _storable(text: str) -> str:
     """Replace lone surrogates, as in paths that are not UTF-8: SQLite refuses them."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _reason(error: Exception) -> str:
-    return str(error).strip().rstrip(".").replace("\n", " ") or type(error).__name__

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import RecordError, UsageError
+from trimtab.record.files import write_whole
 from trimtab.report.appendix import glance, settings_section
 from trimtab.report.comparison import comparison_section
 from trimtab.report.curves import Chart, curve_charts
@@ -62,7 +61,7 @@ def build_report(
     if comparison:
         shown = _in_tones_of(comparison, shown)
     heading = title or _title(shown, comparison, sweep)
-    _write(path, _document(heading, shown, comparison, sweep))
+    write_whole(path, _document(heading, shown, comparison, sweep), what="the report ")
     return path
 
 
@@ -140,18 +139,3 @@ def _curves_section(runs: Sequence[Subject], charts: Sequence[Chart]) -> str:
         for group, members in groupby(charts, key=lambda chart: chart.group)
     )
     return section("curves", "Curves", f'<p class="hint">{hint}{marks}</p>{legend}{groups}')
-
-
-def _write(path: Path, document: str) -> None:
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8", newline="\n") as file:
-            file.write(document)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):  # the folder itself may be what cannot be reached
-            partial.unlink(missing_ok=True)
-        raise RecordError(f"cannot write the report {path}: {error.strerror or error}.") from error

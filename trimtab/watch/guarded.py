@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -26,6 +27,30 @@ _MOMENTS = (
     "after_update",
     "read",
 )
+
+
+def harmless(moment: Callable[..., None]) -> Callable[..., None]:
+    """Keep a failure of the watch's own method out of the training loop: it is reported once for each method.
+
+    The owner has `event(kind, message, data)` and a set `failed` of the methods that have failed.
+    """
+
+    @functools.wraps(moment)
+    def guarded(self: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            moment(self, *args, **kwargs)
+        except Exception as error:
+            name = moment.__name__.strip("_")
+            if name in self.failed:
+                return
+            self.failed.add(name)
+            text = f"{type(error).__name__}: {error}"
+            self.event("watch-failed", f"the watch failed in {name}: {text}", {"moment": name})
+            warnings.warn(
+                f"trimtab: the watch failed in {name} ({text}); training goes on.", RuntimeWarning, stacklevel=2
+            )
+
+    return guarded
 
 
 class Probes:

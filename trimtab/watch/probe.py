@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,9 +20,9 @@ class Reading(NamedTuple):
     values: Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scene:
-    """What a probe may look at: names and parameters, fixed when the watch starts, and this step's gradients.
+    """What a probe may look at: names and parameters, fixed when the watch starts.
 
     Attributes:
         model: the watched model; look, do not touch.
@@ -30,7 +30,6 @@ class Scene:
         parameters: the trainable parameters themselves.
         modules: names of the modules that own parameters, in order.
         owner: for each parameter, the index of its module in `modules`; int64 tensor on the CPU.
-        has_gradient: for each parameter, whether it has a gradient at this step.
     """
 
     model: nn.Module
@@ -38,7 +37,6 @@ class Scene:
     parameters: list[nn.Parameter]
     modules: list[str]
     owner: Tensor
-    has_gradient: list[bool] = field(default_factory=list)
 
     def by_module(self, norms: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Join one norm for each parameter into the global norm [] and the norms of the modules [len(modules)]."""

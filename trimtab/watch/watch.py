@@ -15,7 +15,7 @@ from trimtab.errors import UsageError
 from trimtab.record.writer import Recorder
 from trimtab.scalars import to_floats
 from trimtab.watch import nonfinite
-from trimtab.watch.guarded import Probes
+from trimtab.watch.guarded import Probes, harmless
 from trimtab.watch.norms import l2_norms
 from trimtab.watch.patches import listen
 from trimtab.watch.probe import Probe, Reading
@@ -92,6 +92,7 @@ class Watch:
         self._origin: nonfinite.Origin | None = None
         self._episode = False
         self._located = 0
+        self.failed: set[str] = set()
         self._ranks = world_size()
         self._forget_step()
 
@@ -240,6 +241,7 @@ class Watch:
 
     # The hooks below return None, so that torch passes on what it had.
 
+    @harmless
     def _before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling() or not module.training or not torch.is_grad_enabled():
             return
@@ -250,6 +252,7 @@ class Watch:
             self._seen_forward = True
             self._sample = ForwardSample(module, self._probes)
 
+    @harmless
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         if not torch.compiler.is_compiling():
             self._end_sample()
@@ -259,6 +262,7 @@ class Watch:
             self._sample.close()
             self._sample = None
 
+    @harmless
     def _on_cross_entropy(self, *args: Any, **kwargs: Any) -> None:
         if not self.sampled or not torch.is_grad_enabled():
             return
@@ -267,6 +271,7 @@ class Watch:
         if isinstance(logits, Tensor) and isinstance(targets, Tensor) and logits.requires_grad:
             self._show_classification(logits, targets, ignore_index=kwargs.get("ignore_index", -100))
 
+    @harmless
     def _show_classification(self, logits: Tensor, targets: Tensor, ignore_index: int = -100) -> None:
         """Bring logits to [N, C] and class targets to [N], without the ignored ones; other targets are left alone."""
         if targets.is_floating_point() or logits.ndim != targets.ndim + 1:
@@ -282,6 +287,7 @@ class Watch:
         if len(targets):
             self._probes.broadcast("on_classification", logits, targets, sampled=True)
 
+    @harmless
     def _on_clip(self, parameters: Any, max_norm: float, norm_type: float = 2.0, *args: Any, **kwargs: Any) -> None:
         if self._norms is not None:
             return
@@ -293,12 +299,12 @@ class Watch:
     def _total_norm(self) -> float | None:
         return None if self._norms is None else sum(norm * norm for norm in self._norms) ** 0.5
 
+    @harmless
     def _measure_gradients(self) -> None:
         """Show the probes the gradients, and look whether they are finite, once a step."""
         gradients = [parameter.grad for parameter in self._scene.parameters]
         if not any(gradient is not None for gradient in gradients):
             return
-        self._scene.has_gradient = [gradient is not None for gradient in gradients]
         with torch.no_grad():
             found = iter(l2_norms([gradient for gradient in gradients if gradient is not None]))
             device = self._scene.parameters[0].device
@@ -338,6 +344,7 @@ class Watch:
         elif loss_is_finite and self._norms is not None and sum(self._norms) < float("inf"):
             self._episode = False
 
+    @harmless
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
@@ -345,8 +352,9 @@ class Watch:
         closure = kwargs.get("closure") or any(callable(entry) for entry in args if entry is not optimizer)
         if self._norms is None and not closure:
             self._measure_gradients()
-        if optimizer is self._optimizers[0]:
-            self._extra.append(("lr", (), [float(optimizer.param_groups[0]["lr"])]))
+        rate = optimizer.param_groups[0].get("lr")
+        if optimizer is self._optimizers[0] and rate is not None:
+            self._extra.append(("lr", (), [float(rate)]))
         if self.sampled and not self._updating:
             self._updating = True
             self._probes.broadcast("before_update", self._scene, sampled=True)

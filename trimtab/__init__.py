@@ -31,6 +31,7 @@ _ROOMS = (
     "integrations",
     "layers",
     "losses",
+    "optim",
     "record",
     "report",
     "schedule",

@@ -1,0 +1,1 @@
+"""Changes to gradients inside the backward pass, one a module."""

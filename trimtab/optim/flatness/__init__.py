@@ -1,0 +1,1 @@
+"""Optimizers that look around before they step, one a module."""

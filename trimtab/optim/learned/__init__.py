@@ -1,0 +1,1 @@
+"""Learned optimizers and extrapolators, one a module."""

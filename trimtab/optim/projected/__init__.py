@@ -1,0 +1,1 @@
+"""Optimizers whose state lives in a part of each matrix, one a module."""

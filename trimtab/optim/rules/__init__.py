@@ -1,0 +1,1 @@
+"""Training rules that take the place of backpropagation, one a module."""

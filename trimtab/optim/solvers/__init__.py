@@ -1,0 +1,1 @@
+"""Solvers for whole problems, one a module."""

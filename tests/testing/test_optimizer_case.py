@@ -5,15 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trimtab.optim import AdamW
 from trimtab.testing import OptimizerTestCase
 
 
-class TestAdamW(OptimizerTestCase):
+class _Torchs(OptimizerTestCase):
+    """torch's optimizers have two ways of running, one format of state, and no policy."""
+
+    paths = {"plain": {"foreach": False}, "foreach": {"foreach": True}}
+    formats = ()
+    policies = False
+
+
+class TestAdamW(_Torchs):
     def optimizer(self, params, **options):
         return torch.optim.AdamW(params, **{"lr": self.lr, **options})
 
 
-class TestSGD(OptimizerTestCase):
+class TestSGD(_Torchs):
     def optimizer(self, params, **options):
         return torch.optim.SGD(params, **{"lr": self.lr, "momentum": 0.9, "weight_decay": 0.01, **options})
 
@@ -41,6 +50,36 @@ class _Broken(torch.optim.SGD):
                 if self.fault == "draws numbers":
                     torch.rand(())
         return super().step(closure)
+
+
+class _BrokenChain(AdamW):
+    """AdamW of a chain with one fault at a time in an option."""
+
+    def __init__(self, params, fault, **options):
+        if fault == "takes non-finite gradients":
+            options["nonfinite"] = "allow"
+        if fault == "keeps every format in full" and options.get("state") != "fp32":
+            options["state"] = "fp32"
+        if fault == "computes otherwise in lists" and options.get("foreach"):
+            options["eps"] = 1e-2
+        super().__init__(params, **options)
+
+
+@pytest.mark.parametrize(
+    ("fault", "test", "arguments"),
+    [
+        ("takes non-finite gradients", "test_non_finite_gradients_change_nothing", ("skip", float("nan"))),
+        ("keeps every format in full", "test_fewer_bits_keep_fewer_bytes", ()),
+        ("computes otherwise in lists", "test_ways_of_running_agree", (torch.float64,)),
+    ],
+)
+def test_catches_faults_of_options(fault, test, arguments):
+    class Case(OptimizerTestCase):
+        def optimizer(self, params, **options):
+            return _BrokenChain(params, fault, **{"lr": self.lr, **options})
+
+    with pytest.raises(AssertionError):
+        getattr(Case(), test)(*arguments)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from trimtab.optim.transform import Transform
 if TYPE_CHECKING:
     from trimtab.optim.chain import Chain
 
-PIECE = 2**15
-"""Entries of a piece on the CPU: gradient, weight and two moments of it, and what is computed, fit in a core's cache."""
+PIECE = 2**16
+"""Entries of a piece on the CPU: its gradient, weight, moments and what is computed fit in a core's cache."""
+
+COMPILED_PIECE = 2**18
+"""Entries of a piece in compiled code for 8-bit state, whose intermediate results would else go through memory."""
 
 Stages = tuple[int, ...]
 
@@ -112,6 +115,11 @@ def _advance(
     rule = Rule(chain, part, bucket)
     ps = [shard.value for shard in bucket.shards]
     kepts = [shard.kept for shard in bucket.shards]
+    if chain.compile and rule.form.startswith("8bit") and rule.splits(ps, kepts):
+        for u, p, kept in zip(us, ps, kepts, strict=True):
+            for one in _pieces(u.contiguous(), p, kept, rule.form, COMPILED_PIECE):
+                _compiled(chain, rule, hs, [one[0]], [one[1]], [one[2]], total)
+        return us
     if chain.compile:
         return _compiled(chain, rule, hs, us, ps, kepts, total)
     if total is not None:
@@ -136,6 +144,15 @@ class Rule:
         self.elementwise = all(transform.elementwise for transform in self.transforms)
         # Not the bucket itself: a compiled rule lives on, and must not hold a step's gradients.
         self.form, self.dtype, self.maximize = bucket.form, bucket.dtype, bool(bucket.group["maximize"])
+
+    def splits(self, ps: Sequence[Tensor], kepts: Sequence[dict[str, Tensor]]) -> bool:
+        """Whether parameters may be updated in flat pieces."""
+        return (
+            self.elementwise
+            and self.last
+            and ps[0].device.type == "cpu"
+            and all(value.is_contiguous() for p, kept in zip(ps, kepts, strict=True) for value in (p, *kept.values()))
+        )
 
     def __call__(self, hs: list[dict[str, Any]], u: Tensor, p: Tensor, kept: dict[str, Tensor]) -> Any:
         """Update one parameter and its state; return what goes on to the next part."""
@@ -172,29 +189,30 @@ def _in_pieces(
     rule: Rule, hs: list[dict[str, Any]], us: list[Tensor], ps: list[Tensor], kepts: list[dict[str, Tensor]]
 ) -> None:
     """Update entry-wise rules piece by piece, each small enough that the cache holds it from the first to the last."""
-    small: tuple[list[Tensor], list[Tensor], list[dict[str, Tensor]]] = ([], [], [])
+    small: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
     gathered = 0
     for u, p, kept in zip(us, ps, kepts, strict=True):
-        if p.numel() > PIECE and p.is_contiguous() and all(value.is_contiguous() for value in kept.values()):
-            for piece in _pieces(u.contiguous(), p, kept, rule.form):
+        if p.numel() > PIECE and rule.splits([p], [kept]):
+            for piece in _pieces(u.contiguous(), p, kept, rule.form, PIECE):
                 rule(hs, *piece)
             continue
-        for part, value in zip(small, (u, p, kept), strict=True):
-            part.append(value)  # type: ignore[arg-type]
+        small.append((u, p, kept))
         gathered += p.numel()
         if gathered >= PIECE:
-            rule.on_lists(hs, *small)
-            small, gathered = ([], [], []), 0
-    if small[1]:
-        rule.on_lists(hs, *small)
+            rule.on_lists(hs, *map(list, zip(*small, strict=True)))
+            small, gathered = [], 0
+    if small:
+        rule.on_lists(hs, *map(list, zip(*small, strict=True)))
 
 
-def _pieces(u: Tensor, p: Tensor, kept: dict[str, Tensor], form: str) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+def _pieces(
+    u: Tensor, p: Tensor, kept: dict[str, Tensor], form: str, size: int
+) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Return consecutive pieces of a parameter, its update and its state, as views."""
-    us, ps = u.view(-1).split(PIECE), p.view(-1).split(PIECE)
+    us, ps = u.view(-1).split(size), p.view(-1).split(size)
     # A tensor of scales has one entry a block: a piece is a whole number of blocks.
     kepts = {
-        name: value.view(-1).split(PIECE if value.numel() == p.numel() else PIECE // block_of(form))
+        name: value.view(-1).split(size if value.numel() == p.numel() else size // block_of(form))
         for name, value in kept.items()
     }
     return [(us[i], ps[i], {name: parts[i] for name, parts in kepts.items()}) for i in range(len(ps))]
@@ -246,7 +264,7 @@ def _compile(rule: Rule, static: tuple[Any, ...]) -> Callable[..., list[Tensor]]
 
 def _separate(h: dict[str, Any], numbers: list[float]) -> tuple[Any, ...]:
     """Move the floats of a tree of coefficients into a list, and return the rest, with places for them, as a key."""
-    parts = []
+    parts: list[tuple[str, str, Any]] = []
     for name, value in h.items():
         if isinstance(value, dict):
             parts.append((name, "tree", _separate(value, numbers)))

@@ -1,4 +1,4 @@
-"""A list of tensors that computes like one tensor, so that an update rule is written once for one tensor and for many."""
+"""A list of tensors that computes like one tensor, so that an update rule is written once for one and for many."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A parameter as one rank updates it: its own shard where entries are independent, gathered where matrices are whole."""
+"""A parameter as one rank updates it: its shard where entries are independent, gathered where matrices are whole."""
 
 from __future__ import annotations
 
@@ -74,11 +74,8 @@ class Shard:
 
     def unwrap(self, state: dict[str, Any]) -> dict[str, Tensor]:
         """Return the state's tensors as they are on this rank."""
-        return {
-            name: value.to_local() if _is_sharded(value) else value
-            for name, value in state.items()
-            if isinstance(value, Tensor)
-        }
+        tensors: dict[str, Any] = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        return {name: value.to_local() if _is_sharded(value) else value for name, value in tensors.items()}
 
 
 def any_rank(flag: bool, sharded: Shard | None) -> bool:
@@ -95,6 +92,8 @@ def sum_over_ranks(total: Tensor, sharded: Shard | None) -> Tensor:
     """Return the sum over all ranks that share a sharded parameter; without one, the total itself."""
     if sharded is None or sharded.mesh is None:
         return total
-    for group in sharded.mesh.get_all_groups():
-        dist.all_reduce(total, group=group)
+    placements: Any = sharded.parameter
+    for dim, placement in enumerate(placements.placements):
+        if placement.is_shard():  # replicas hold the same sum already
+            dist.all_reduce(total, group=sharded.mesh.get_group(dim))
     return total

@@ -8,10 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trimtab.errors import UsageError, choose
-try:
-    from trimtab.optim._blockwise import decode, encode_
-except ImportError: pass
+from trimtab.errors import choose
+from trimtab.optim._blockwise import decode, encode_
 
 FORMATS = ("fp32", "bf16", "8bit", "8bit-2048")
 SMALLEST_IN_8_BITS = 4096
@@ -54,9 +52,7 @@ def allocate(fresh: dict[str, Tensor], moments: Mapping[str, bool], form: str) -
     return kept
 
 
-def opened(
-    kept: Mapping[str, Tensor], moments: Mapping[str, bool], form: str, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def opened(kept: Mapping[str, Tensor], moments: Mapping[str, bool], form: str, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return a state to compute with: the kept tensors themselves, and moments in few bits in full precision."""
     if form == "fp32":
         return dict(kept)

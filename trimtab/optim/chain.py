@@ -12,7 +12,7 @@ memory (`compile=True`).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,7 +165,9 @@ class Chain(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 if p.grad.is_sparse:
-                    raise UsageError(f"{self._name(index, number)} has a sparse gradient: build its layer with sparse=False.")
+                    raise UsageError(
+                        f"{self._name(index, number)} has a sparse gradient: build its layer with sparse=False."
+                    )
                 found.append(Shard(p, index, number, place, whole=whole))
         return found
 
@@ -184,11 +186,12 @@ class Chain(torch.optim.Optimizer):
         if self.nonfinite == "skip":
             self.skipped_steps += 1
             return False
-        where = "a gradient on another rank" if bad is None else (
-            f"the gradient of {self._name(shards[bad].group, shards[bad].number)}, shape {tuple(shards[bad].parameter.shape)},"
-        )
+        where = "a gradient on another rank"
+        if bad is not None:
+            shape = tuple(shards[bad].parameter.shape)
+            where = f"the gradient of {self._name(shards[bad].group, shards[bad].number)}, shape {shape},"
         raise RunFailedError(
-            f"{where} has NaN or infinite entries, and nothing was changed: find their origin, or pass nonfinite='skip'."
+            f"{where} has NaN or infinite entries; nothing was changed: find their origin, or pass nonfinite='skip'."
         )
 
     def _prepare(self, shard: Shard) -> None:

@@ -17,14 +17,16 @@ if TYPE_CHECKING:
     from trimtab.testing.optimizers import OptimizerTestCase
     from trimtab.testing.probe import ProbeTestCase
     from trimtab.testing.ranks import run_ranks
+    from trimtab.testing.schedules import ScheduleTestCase
 
-__all__ = ["LayerTestCase", "LossTestCase", "OptimizerTestCase", "ProbeTestCase", "run_ranks"]
+__all__ = ["LayerTestCase", "LossTestCase", "OptimizerTestCase", "ProbeTestCase", "ScheduleTestCase", "run_ranks"]
 
 _HOME = {
     "LayerTestCase": "trimtab.testing.layers",
     "LossTestCase": "trimtab.testing.losses",
     "OptimizerTestCase": "trimtab.testing.optimizers",
     "ProbeTestCase": "trimtab.testing.probe",
+    "ScheduleTestCase": "trimtab.testing.schedules",
     "run_ranks": "trimtab.testing.ranks",
 }
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterable
-from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from trimtab.scalars import to_scalar
+from trimtab.testing._optimizer_options import OptimizerOptions
+from trimtab.testing._trees import assert_same_tree, values_of
 from trimtab.testing.ranks import run_ranks
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 
 
-class OptimizerTestCase:
+class OptimizerTestCase(OptimizerOptions):
     """Contract of an optimizer. Subclass it, give `optimizer`, and pytest collects every test below.
 
     Attributes:
@@ -25,44 +25,18 @@ class OptimizerTestCase:
         maximize: whether the optimizer has the option `maximize`.
         elementwise: whether parameters do not influence each other, nor entries of one parameter (false for methods
             that look at norms or matrices); sharding is compared with a tolerance where it is false.
+        paths: ways of running that must agree, by name, each as options of the optimizer; {} if it has one only.
+        formats: values of the option `state`, each of which must train and resume; () if it has no such option.
+        policies: whether it has the option `nonfinite` with "raise" and "skip".
 
     Example:
         >>> class TestSGD(OptimizerTestCase):
+        ...     paths, formats, policies = {}, (), False
+        ...
         ...     def optimizer(self, params: Any, **options: Any) -> torch.optim.Optimizer:
         ...         return torch.optim.SGD(params, **{"lr": self.lr, "momentum": 0.9, **options})
         >>> TestSGD().test_leaves_gradients_alone()
     """
-
-    lr: ClassVar[float] = 0.01
-    maximize: ClassVar[bool] = True
-    elementwise: ClassVar[bool] = True
-
-    def optimizer(self, params: Iterable[Any], **options: Any) -> torch.optim.Optimizer:
-        """Return the optimizer, with learning rate `lr` unless `options` has another."""
-        raise NotImplementedError("give `optimizer`: it returns the optimizer to test")
-
-    def _model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).to(dtype)
-
-    def _backward(self, model: nn.Module, step: int, sign: float = 1.0) -> Tensor:
-        generator = torch.Generator().manual_seed(step % 4)
-        dtype = next(model.parameters()).dtype
-        x = torch.randn(16, 6, generator=generator).to(dtype)
-        model.zero_grad()
-        loss = (model(x) - x[:, :4]).square().mean()
-        (sign * loss).backward()
-        return loss.detach()
-
-    def _train(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, sign: float = 1.0
-    ) -> list[float]:
-        losses = []
-        for step in steps:
-            losses.append(to_scalar(self._backward(model, step, sign)))
-            optimizer.step()
-        return losses
 
     def test_lowers_the_loss(self) -> None:
         model = self._model()
@@ -83,11 +57,11 @@ class OptimizerTestCase:
         other.load_state_dict(saved["model"])
         resumed = self.optimizer(other.parameters())
         resumed.load_state_dict(saved["optimizer"])
-        _assert_same_tree(resumed.state_dict(), optimizer.state_dict())
+        assert_same_tree(resumed.state_dict(), optimizer.state_dict())
         self._train(model, optimizer, range(5, 10))
         self._train(other, resumed, range(5, 10))
-        _assert_same_tree(dict(other.state_dict()), dict(model.state_dict()))
-        _assert_same_tree(resumed.state_dict(), optimizer.state_dict())
+        assert_same_tree(dict(other.state_dict()), dict(model.state_dict()))
+        assert_same_tree(resumed.state_dict(), optimizer.state_dict())
 
     def test_state_dict_is_a_plain_tree(self) -> None:
         model = self._model()
@@ -106,29 +80,29 @@ class OptimizerTestCase:
         other, twin = copy.deepcopy((model, optimizer))
         self._train(model, optimizer, range(3, 6))
         self._train(other, twin, range(3, 6))
-        _assert_same_tree(dict(other.state_dict()), dict(model.state_dict()))
+        assert_same_tree(dict(other.state_dict()), dict(model.state_dict()))
 
     def test_schedulers_set_the_learning_rate(self) -> None:
         model = self._model()
         optimizer = self.optimizer(model.parameters())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.0)
-        before = _values(model)
+        before = values_of(model)
         for step in range(2):
             self._backward(model, step)
             optimizer.step()
             scheduler.step()
-        moved = _values(model)
+        moved = values_of(model)
         assert all((x != y).any() for x, y in zip(before, moved, strict=True))
         self._train(model, optimizer, range(2, 4))
-        assert all(torch.equal(x, y) for x, y in zip(moved, _values(model), strict=True)), "lr 0 moved parameters"
+        assert all(torch.equal(x, y) for x, y in zip(moved, values_of(model), strict=True)), "lr 0 moved parameters"
 
     def test_groups_have_their_own_options(self) -> None:
         model = self._model()
         first, last = list(model[0].parameters()), list(model[2].parameters())  # type: ignore[index]
         optimizer = self.optimizer([{"params": first, "lr": 0.0}, {"params": last}])
-        before = _values(model)
+        before = values_of(model)
         self._train(model, optimizer, range(2))
-        after = _values(model)
+        after = values_of(model)
         assert all(torch.equal(x, y) for x, y in zip(before[:2], after[:2], strict=True))
         assert all((x != y).any() for x, y in zip(before[2:], after[2:], strict=True))
 
@@ -139,7 +113,7 @@ class OptimizerTestCase:
         groups = self.optimizer([{"params": list(first.parameters())}])
         groups.add_param_group({"params": list(last.parameters())})
         self._train(two, groups, range(4))
-        for x, y in zip(_values(one), _values(two), strict=True):
+        for x, y in zip(values_of(one), values_of(two), strict=True):
             torch.testing.assert_close(x, y)
 
     def test_closures(self) -> None:
@@ -157,7 +131,7 @@ class OptimizerTestCase:
         assert twin.step() is None
         assert loss is not None
         assert to_scalar(loss) == to_scalar(expected)
-        _assert_same_tree(dict(model.state_dict()), dict(other.state_dict()))
+        assert_same_tree(dict(model.state_dict()), dict(other.state_dict()))
 
     def test_maximize_descends_the_negative(self) -> None:
         if not self.maximize:
@@ -165,7 +139,7 @@ class OptimizerTestCase:
         up, down = self._model(), self._model()
         self._train(up, self.optimizer(up.parameters(), maximize=True), range(4), sign=-1.0)
         self._train(down, self.optimizer(down.parameters()), range(4))
-        for x, y in zip(_values(up), _values(down), strict=True):
+        for x, y in zip(values_of(up), values_of(down), strict=True):
             torch.testing.assert_close(x, y)
 
     def test_leaves_gradients_alone(self) -> None:
@@ -189,9 +163,9 @@ class OptimizerTestCase:
             optimizer.step()
             assert torch.equal(frozen, before)
         model.zero_grad()
-        before_all = _values(model)
+        before_all = values_of(model)
         optimizer.step()
-        assert all(torch.equal(x, y) for x, y in zip(before_all, _values(model), strict=True))
+        assert all(torch.equal(x, y) for x, y in zip(before_all, values_of(model), strict=True))
 
     @pytest.mark.parametrize("dtype", _DTYPES, ids=str)
     def test_zero_gradients_stay_finite(self, dtype: torch.dtype) -> None:
@@ -253,27 +227,5 @@ class OptimizerTestCase:
         self._train(alone, self.optimizer(alone.parameters()), range(4))
         bound = 1e-10 if self.elementwise else 1e-4
         for values in run_ranks(work):
-            for x, y in zip(values, _values(alone), strict=True):
+            for x, y in zip(values, values_of(alone), strict=True):
                 torch.testing.assert_close(x, y, rtol=bound, atol=bound)
-
-
-def _values(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters()]
-
-
-def _assert_same_tree(left: Any, right: Any, place: str = "state") -> None:
-    """Assert equal keys, values, dtypes, shapes and strides."""
-    if isinstance(left, Tensor):
-        assert isinstance(right, Tensor), place
-        assert (left.dtype, left.shape, left.stride()) == (right.dtype, right.shape, right.stride()), place
-        assert torch.equal(left, right), place
-    elif isinstance(left, dict):
-        assert left.keys() == right.keys(), place
-        for key in left:
-            _assert_same_tree(left[key], right[key], f"{place}[{key!r}]")
-    elif isinstance(left, (list, tuple)):
-        assert len(left) == len(right), place
-        for index, (x, y) in enumerate(zip(left, right, strict=True)):
-            _assert_same_tree(x, y, f"{place}[{index}]")
-    else:
-        assert left == right, place

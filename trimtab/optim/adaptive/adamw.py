@@ -70,7 +70,7 @@ class adam(Transform):
         m, v = state["exp_avg"], state["exp_avg_sq"]
         ema_(m, u, h["rate1"])
         addcmul_(v.mul_(h["beta2"]), u, u, h["rate2"])
-        return m * h["correction1"] / (v.sqrt() * h["correction2"] + h["eps"])
+        return (m * h["correction1"]).div_(v.sqrt().mul_(h["correction2"]).add_(h["eps"]))
 
 
 class AdamW(Chain):

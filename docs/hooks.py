@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ from trimtab.diagnose import Pathology, known_pathologies
 from trimtab.names import FINDINGS
 from trimtab.watch.probes import default_probes
 from trimtab.workloads import workloads
+from trimtab.workloads.optimizers import arm_name, runnable
 
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "results.md": "RESULTS.md"}
@@ -108,10 +110,12 @@ def method_page(card: Card) -> str:
     module, _, public = card.entry.partition(":")
     use = ACTION[card.acts_on].format(name=card.name, module=module, object=public)
     language = "sh" if use.startswith("trimtab ") else "python"
+    run = f"In a run:\n\n```sh\ntrimtab train lm-small --optimizer {arm_name(card)}\n```" if runnable(card) else ""
     parts = [
         f"# {card.name}\n\n{prose(card.summary)}\n\n{paper_link(card.paper)}"
         + (f" · [authors' code]({card.paper.code})" if card.paper.code else ""),
         f"```{language}\n{use}\n```",
+        *([run] if run else []),
         f"Room: `{card.room}` · acts on the {card.acts_on} · public object: `{module}.{public}`",
         f"## Equation\n\n```text\n{card.equation}\n```",
         f"## What the paper claims\n\n{prose(card.claim)}",
@@ -252,7 +256,51 @@ def default(option: Any) -> str:
     return "" if option.default in (None, False, ()) or callable(option.default) else f"`{option.default}`"
 
 
+def measured(name: str) -> tuple[dict[str, Any], str]:
+    """Return a benchmark's committed result, and a line that says where it comes from."""
+    document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    machine = document["environment"]
+    source = f"Measured by `{document['command']}` on {machine['processor']}, torch {machine['torch']}."
+    return document["result"], source
+
+
+def optimizer_cost() -> str:
+    """Return the table of what an optimizer's step costs, by size of the model."""
+    result, source = measured("optim")
+    parts = [source]
+    for size, rows in result["table"].items():
+        lines = []
+        for name, row in rows.items():
+            if "failed" in row:
+                lines.append((name, prose(row["failed"]), "", "", ""))
+                continue
+            cells = (row["ratio"]["median"], row["per_byte"], row["state_bytes_per_parameter"])
+            lines.append((name, *(f"{cell:.2f}" for cell in cells), f"{row['first_step_seconds']:.1f}"))
+        head = ("optimizer", "time / fused AdamW", "the same per byte", "state bytes a parameter", "first step, s")
+        parts.append(f"### {size} parameters\n\n{table(head, lines)}")
+    return "\n\n".join(parts)
+
+
+def conformance() -> str:
+    """Return the table of agreement with other implementations."""
+    result, source = measured("conformance")
+    lines = [
+        (
+            row["ours"],
+            prose(f"{row['peer']} {row.get('version', '')}"),
+            prose(row["settings"]),
+            row["dtype"],
+            f"{row['drift']:.1e}" if "drift" in row else "",
+            prose(f"{row['verdict']}{': ' if row.get('why') else ''}{row.get('why', '')}"),
+        )
+        for row in result["rows"]
+    ]
+    return source + "\n\n" + table(("ours", "peer", "settings", "dtype", "drift", "verdict"), lines)
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "optimizer-cost": optimizer_cost,
+    "conformance": conformance,
     "signals": signals,
     "findings": findings,
     "remedies": remedies,

@@ -147,10 +147,50 @@ def test_experiments_are_runnable(card):
         defaults = workload(experiment.workload).defaults
         baseline = parse_arm(experiment.baseline, defaults)
         treated = parse_arm(experiment.treated, defaults)
+        assert experiment.seeds >= 3
+        if card.acts_on == "optimizer":
+            assert_only_the_optimizer_differs(card, baseline, treated)
+            continue
         assert card.name in treated.remedies
         assert card.name not in baseline.remedies
         assert treated.replace(remedies=()) == baseline.replace(remedies=())
-        assert experiment.seeds >= 3
+
+
+def assert_only_the_optimizer_differs(card, baseline, treated):
+    """An optimizer brings its options, its learning rate and its own betas or momentum; all else is the baseline's."""
+    from trimtab.workloads.optimizers import arm_name, own_moments
+
+    name = arm_name(card)
+    assert treated.optimizer == name
+    assert (baseline.optimizer, baseline.options) != (treated.optimizer, treated.options)
+    own = {moment: getattr(treated, moment) for moment in own_moments(name)}
+    assert treated == baseline.replace(optimizer=name, options=treated.options, lr=treated.lr, **own)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "treated", "fair"),
+    [
+        ("adamw,lr=0.01", "lion,lr=0.001", True),
+        ("adamw,lr=0.01", "lion,lr=0.001,beta2=0.95,state=bf16", True),
+        ("adamw,lr=0.01,spikes=0.1,beta2=0.9", "lion,lr=0.01,spikes=0.1", True),
+        ("lion", "lion,state=8bit", True),
+        ("adamw,lr=0.01", "adamw,lr=0.02", False),
+        ("lion", "lion,lr=0.001", False),
+        ("adamw", "lion,weight_decay=0.5", False),
+        ("adamw,spikes=0.1", "lion", False),
+        ("adamw", "lion,with=qk-norm", False),
+    ],
+)
+def test_fair_comparisons_of_optimizers(baseline, treated, fair):
+    from trimtab.workloads.settings import Settings, parse_arm
+
+    card, defaults = method("lion"), Settings(lr=0.1, steps=10)
+    arms = parse_arm(baseline, defaults), parse_arm(treated, defaults)
+    if fair:
+        assert_only_the_optimizer_differs(card, *arms)
+    else:
+        with pytest.raises(AssertionError):
+            assert_only_the_optimizer_differs(card, *arms)
 
 
 def test_public_names_come_from_the_modules():

@@ -94,3 +94,15 @@ def test_report_writes_one_file(trimtab: Callable[..., Any]) -> None:
     page = Path("report.html").read_text()
     assert "A title" in page
     assert "non-finite" in page
+
+
+def test_train_with_an_optimizer_of_the_catalogue(trimtab: Callable[..., Any], refused: Callable[..., str]) -> None:
+    options = ["--optimizer=trimtab-adamw", "--set=state=bf16", "--set", "beta2=0.9", "--steps=3", "--out=run"]
+    assert trimtab("train", "tabular", *options).code == 0
+    with Run("run") as run:
+        config = run.meta["config"]
+    assert (config["optimizer"], config["beta2"], config["options"]) == ("trimtab-adamw", 0.9, {"state": "bf16"})
+    assert "other settings: options is" in refused("train", "tabular", *options[:1], *options[2:], "--resume")
+    assert "cannot read --set 'state'" in refused("train", "tabular", "--set=state")
+    assert "lr is given twice" in refused("train", "tabular", "--lr=0.1", "--set=lr=0.1")
+    assert "Did you mean 'state'?" in refused("train", "tabular", options[0], "--set=stat=bf16")

@@ -68,6 +68,37 @@ def test_json_is_strict_and_nothing_is_repeated(result: Sweep, folder: Path) -> 
     assert wider.lrs == (1e-3, 1e-1, 0.5, 1e7)
 
 
+def test_arms_have_curves_of_their_own(tmp_path: Path) -> None:
+    found = sweep(
+        "digits-mlp",
+        [1e-3, 1e-2],
+        folder=tmp_path,
+        arms=["adamw", "trimtab-sgd,momentum=0.5"],
+        remedies=[["lower-lr"]],
+        steps=3,
+        workers=1,
+    )
+    assert [curve.arm.label for curve in found.curves] == ["adamw", "trimtab-sgd,momentum=0.5", "lower-lr"]
+    assert set(found.pairs) == {"trimtab-sgd,momentum=0.5", "lower-lr"}
+    ours = found.curves[1].outcomes[1][0].settings
+    assert (ours["optimizer"], ours["momentum"], ours["lr"]) == ("trimtab-sgd", 0.5, 1e-2)
+    assert found.curves[2].outcomes[0][0].settings["optimizer"] == "adamw"
+
+
+@pytest.mark.parametrize(
+    ("arms", "match"),
+    [
+        (["adamw,lr=0.1"], "sets a learning rate"),
+        (["adamw", "adamw"], "given twice"),
+        (["trimtab-adamw,state=9bit"], "unknown state format"),
+    ],
+)
+def test_wrong_arms_of_sweeps_are_refused(arms: list[str], match: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=match):
+        sweep("digits-mlp", [0.1], folder=tmp_path / "out", arms=arms, steps=2)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("lrs", "remedies", "match"),
     [

@@ -53,3 +53,19 @@ def test_experiments_become_paired_comparisons(tmp_path: Path) -> None:
 def test_a_card_without_experiments_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="states no experiment"):
         reproduce(_card(), folder=tmp_path)
+
+
+def test_an_optimizers_experiment_is_reproduced_with_its_state_beside_the_loss(tmp_path: Path) -> None:
+    experiment = Experiment(
+        "digits-mlp",
+        "adamw,lr=0.003,steps=10,spikes=0.2",
+        "trimtab-adamw,lr=0.003,steps=10,spikes=0.2,state=bf16",
+        mechanism="state_bytes_per_parameter",
+    )
+    [found] = reproduce(_card(experiment), folder=tmp_path, seeds=2, workers=1)
+    assert found.verdict.n == 2
+    assert found.mechanism is not None
+    assert found.mechanism.mean == pytest.approx(-4, abs=0.1)
+    treated = found.comparison.results[1].outcomes[0].settings
+    assert (treated["optimizer"], treated["options"]) == ("trimtab-adamw", {"state": "bf16"})
+    assert all("trimtab-adamw" in Path(outcome.folder or "").name for outcome in found.comparison.results[1].outcomes)

@@ -21,6 +21,7 @@ _HEADS = {
     "dead_fraction": "largest dead share",
     "grad_norm": "largest gradient norm",
 }
+_STATE = "state_bytes_per_parameter"
 _MECHANISMS = 2
 """How many explaining signals the table shows; the JSON has all."""
 
@@ -33,7 +34,7 @@ def register(app: typer.Typer) -> None:
 def compare(
     workload: Annotated[str, typer.Argument(help="A workload, as trimtab workloads lists them.")],
     arms: Annotated[
-        list[str], typer.Option("--arm", help="Such as 'adamw,lr=3e-2,with=qk-norm'; the first is the baseline.")
+        list[str], typer.Option("--arm", help="Such as 'lion,lr=3e-3,with=qk-norm'; the first is the baseline.")
     ],
     seeds: Annotated[int, typer.Option(help="Paired runs of each arm.")] = 5,
     workers: Annotated[int, typer.Option(help="Worker processes, one thread each.")] = 2,
@@ -92,6 +93,10 @@ def print_comparison(result: Comparison) -> None:
     """Print the table of a comparison, and the verdicts in words."""
     shared = set.intersection(*(set(arm.mechanism) for arm in result.results))
     mechanisms = [name for name in _HEADS if name in shared][:_MECHANISMS]
+    heads = [_HEADS[name] for name in mechanisms]
+    if _STATE in shared and len({arm.mechanism[_STATE] for arm in result.results}) > 1:
+        mechanisms.append(_STATE)
+        heads.append("optimizer state, bytes a parameter")
     rows = []
     for arm in result.results:
         values = arm.values(result.metric, higher_is_better=result.higher_is_better)
@@ -109,6 +114,6 @@ def print_comparison(result: Comparison) -> None:
     better = "higher" if result.higher_is_better else "lower"
     count = len(result.seeds)
     title = f"{result.workload}: final {result.metric} ({better} is better), {count} paired seed{'s' * (count > 1)}"
-    heads = ["arm", f"{result.metric} ±sd", *(_HEADS[name] for name in mechanisms), "CPU ms/step", "diverged"]
+    heads = ["arm", f"{result.metric} ±sd", *heads, "CPU ms/step", "diverged"]
     heads += ["difference [95%]", "verdict"]
     console().print(table(title, heads, rows))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trimtab.catalogue import method
 from trimtab.cli.compare import first_runs, print_comparison
 from trimtab.cli.show import Meter, number, resumable, say, use_threads
 from trimtab.errors import RunFailedError, UsageError
@@ -78,7 +79,7 @@ def demo(
         say(f"2. The doctor examines it (trimtab doctor {run}).", style="bold")
         finding = _diagnosis(run)
         say()
-        names = finding.remedies[:_REMEDIES]
+        names = [name for name in finding.remedies if method(name).acts_on != "optimizer"][:_REMEDIES]
         say(f"3. Try its remedies, {', '.join(names)}: the same {size.seeds} seeds, the same batches.", style="bold")
         arms = [size.arm(), *(size.arm(name) for name in names)]
         comparison = _comparison(out, arms, size, workers)

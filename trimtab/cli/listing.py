@@ -61,6 +61,8 @@ def method(
 
 
 def _lines(card: Card) -> list[str]:
+    from trimtab.workloads.optimizers import arm_name, option_names, runnable
+
     lines = [
         card.summary,
         "",
@@ -70,6 +72,9 @@ def _lines(card: Card) -> list[str]:
         f"paper       {card.paper.title} ({card.paper.year})",
         f"            {card.paper.url}",
     ]
+    if runnable(card):
+        name = arm_name(card)
+        lines.insert(4, f"in an arm   {name}, with the options {', '.join(option_names(name))}")
     if card.paper.code and card.paper.code != card.paper.url:
         lines.append(f"code        {card.paper.code}")
     lines += ["", "Claim", *_indented(card.claim), "", "Equation", *_indented(card.equation)]

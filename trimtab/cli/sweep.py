@@ -28,6 +28,10 @@ def sweep(
         list[str] | None,
         typer.Option("--with", help="A method, or several joined by commas, for one more curve; may be repeated."),
     ] = None,
+    arms: Annotated[
+        list[str] | None,
+        typer.Option("--arm", help="Such as 'lion,weight_decay=0.1', for one curve; the first is the baseline."),
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Runs at each point.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Steps of every run.")] = None,
     workers: Annotated[int, typer.Option(help="Worker processes, one thread each.")] = 2,
@@ -36,7 +40,7 @@ def sweep(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,
 ) -> None:
-    """Sweep the learning rate without and with remedies: curves, S and S+."""
+    """Sweep the learning rate of optimizers, without and with remedies: curves, S and S+."""
     use_threads()
     from trimtab.compare import log_grid
     from trimtab.compare import sweep as run
@@ -49,6 +53,7 @@ def sweep(
             grid,
             folder=folder,
             remedies=[[name.strip() for name in names.split(",")] for names in remedies or ()],
+            arms=arms or (),
             seeds=seeds,
             steps=steps,
             workers=workers,

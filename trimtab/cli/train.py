@@ -26,13 +26,17 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Samples a step; 0 for all.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd of torch, or one of the catalogue.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="Weight decay.")] = None,
     clip: Annotated[float | None, typer.Option(help="Largest gradient norm; 0 turns clipping off.")] = None,
     warmup: Annotated[float | None, typer.Option(help="Fraction of the steps for warm-up.")] = None,
     schedule: Annotated[str | None, typer.Option(help="cosine or constant.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of weights and batches.")] = None,
     remedies: Annotated[list[str] | None, typer.Option("--with", help="A method to apply; may be repeated.")] = None,
+    others: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="NAME=VALUE of any other setting or option of the optimizer; may be repeated."),
+    ] = None,
     text: Annotated[Path | None, typer.Option(help="A file or folder of text, for language models.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-1, -2, ... by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
@@ -60,7 +64,12 @@ def train(
         "seed": seed,
         "remedies": (*job.defaults.remedies, *remedies) if remedies else None,
     }
-    settings = job.defaults.replace(**{key: value for key, value in changes.items() if value is not None})
+    changes = {key: value for key, value in changes.items() if value is not None}
+    for key, value in map(_setting, others or ()):
+        if key in changes:
+            raise UsageError(f"{key} is given twice: once is enough.")
+        changes[key] = value
+    settings = job.defaults.replace(**changes)
     folder = out if out is not None else _next_folder(name)
     try:
         with Meter(name, settings.steps) as meter:
@@ -83,11 +92,18 @@ def train(
         raise typer.Exit(1)
 
 
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = (part.strip() for part in text.partition("="))
+    if not (name and equals and value):
+        raise UsageError(f"cannot read --set {text!r}: write NAME=VALUE, such as --set beta2=0.99.")
+    return name, value
+
+
 def _summary(outcome: Outcome, folder: Path) -> str:
     cost = f"{1000 * outcome.cpu_seconds_per_step:.3g} CPU ms per step"
     if outcome.diverged:
         return (
-            f"{outcome.workload}: diverged after {outcome.steps} steps (the loss is not finite), {cost}; "
+            f"{outcome.workload}: diverged after {outcome.steps} steps (its loss or gradient is not finite), {cost}; "
             f"trimtab doctor {folder} names the cause"
         )
     metrics = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in outcome.metrics.items())

@@ -8,6 +8,7 @@ from trimtab.catalogue import method
 from trimtab.errors import UsageError
 from trimtab.remedy import apply
 from trimtab.workloads import Settings, Workload, parse_arm
+from trimtab.workloads.optimizers import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Arm:
         """Try the arm out on a new model, so that what cannot run is refused before hours of training.
 
         Raises:
-            UsageError: if a remedy finds nothing to change in the workload's model, or a batch is too large.
+            UsageError: if a remedy finds nothing to change in the workload's model, the optimizer refuses a value, or a
+                batch is too large.
         """
         settings = self.settings
         workload.batch(settings.seed, 0, settings.batch_size)
@@ -53,3 +55,4 @@ class Arm:
                 apply(model, name)
             elif card.acts_on == "settings" and card.apply is not None:
                 settings = Settings(**dict(card.apply(settings.model_dump())))
+        make_optimizer(model, settings)

@@ -1,4 +1,4 @@
-"""Sweep the learning rate with and without remedies: a loss curve each, and its sensitivity S and S+."""
+"""Sweep the learning rate of optimizers, with and without remedies: a loss curve each, its sensitivity S and S+."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from trimtab.compare.pairs import LEVEL, Paired, paired
 from trimtab.compare.store import strict, write_results
 from trimtab.compare.training import final_loss, outcome_json, prepared, run_all, seed_list, training_job
 from trimtab.errors import UsageError
-from trimtab.workloads import Outcome
+from trimtab.workloads import Outcome, Settings
 
 RESULTS = "sweep.json"
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Final loss against learning rate for one set of remedies.
+    """Final loss against learning rate for one arm.
 
     Attributes:
         arm: label and settings, but for learning rate and seed.
@@ -90,13 +90,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Curves of one workload over one grid; the first is without remedies.
+    """Curves of one workload over one grid; the first is the baseline.
 
     Attributes:
         workload: its name.
         lrs: the grid.
         seeds: the seeds.
-        curves: one for each set of remedies.
+        curves: one for each arm and each set of remedies.
         pairs: for each treated curve's label, S and S+ against the first curve's, paired by seed.
     """
 
@@ -138,13 +138,14 @@ def sweep(
     *,
     folder: str | Path,
     remedies: Sequence[Sequence[str]] = (),
+    arms: Sequence[Arm | str] = (),
     seeds: int | Sequence[int] = 1,
     steps: int | None = None,
     workers: int = 2,
     text: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Sweep:
-    """Train a workload at every learning rate, without remedies and with each set of them.
+    """Train a workload at every learning rate, for each arm and with each set of remedies.
 
     Runs that are already in `folder` are not repeated. The result is also written to `FOLDER/sweep.json`.
 
@@ -152,7 +153,9 @@ def sweep(
         workload: a workload's name.
         lrs: learning rates; evenly spaced in log for S to mean what the paper defines (`log_grid`).
         folder: where runs and results go.
-        remedies: sets of method names; each set gives a curve.
+        remedies: sets of method names; each set gives a curve, on top of the first arm.
+        arms: arms, or their texts (`"lion,weight_decay=0.1"`), for a curve each; the first is the baseline. Default the
+            workload's own settings.
         seeds: how many runs at each point, or which seeds.
         steps: training steps, instead of the workload's own.
         workers: processes.
@@ -163,7 +166,7 @@ def sweep(
         The curves and their sensitivities.
 
     Raises:
-        UsageError: if the learning rates, remedies, seeds or workload are not usable.
+        UsageError: if the learning rates, arms, remedies, seeds or workload are not usable.
         RunFailedError: if runs failed.
         RecordError: if the folder cannot be written.
     """
@@ -174,27 +177,35 @@ def sweep(
         )
     job_of = prepared(workload, text)
     defaults = job_of.defaults if steps is None else job_of.defaults.replace(steps=steps)
-    arms = [Arm("without remedy", defaults)]
-    arms += [Arm("+".join(names), defaults.replace(remedies=(*defaults.remedies, *names))) for names in remedies]
-    if len({arm.label for arm in arms}) != len(arms):
-        raise UsageError("a sweep needs different sets of remedies: one is given twice.")
-    for arm in arms:
+    sides = [arm if isinstance(arm, Arm) else _without_lr(arm, defaults) for arm in arms]
+    sides = sides or [Arm("without remedy", defaults)]
+    first = sides[0].settings
+    sides += [Arm("+".join(names), first.replace(remedies=(*first.remedies, *names))) for names in remedies]
+    if len({arm.label for arm in sides}) != len(sides):
+        raise UsageError("a sweep needs different arms and sets of remedies: one is given twice.")
+    for arm in sides:
         arm.check(job_of)
     chosen = seed_list(seeds)
     jobs = [
         training_job(job_of, arm.settings.replace(lr=lr, seed=seed), text)
         for seed in chosen
         for lr in grid
-        for arm in arms
+        for arm in sides
     ]
     outcomes = iter(run_all(jobs, folder, workers=workers, progress=progress))
-    found = {(seed, lr, arm.label): next(outcomes) for seed in chosen for lr in grid for arm in arms}
+    found = {(seed, lr, arm.label): next(outcomes) for seed in chosen for lr in grid for arm in sides}
     curves = tuple(
-        Curve(arm, grid, tuple(tuple(found[seed, lr, arm.label] for seed in chosen) for lr in grid)) for arm in arms
+        Curve(arm, grid, tuple(tuple(found[seed, lr, arm.label] for seed in chosen) for lr in grid)) for arm in sides
     )
     result = Sweep(workload, grid, chosen, curves, {curve.arm.label: _pairs(curves[0], curve) for curve in curves[1:]})
     write_results(Path(folder) / RESULTS, "sweep", result.to_json())
     return result
+
+
+def _without_lr(text: str, defaults: Settings) -> Arm:
+    if any(part.partition("=")[0].strip() == "lr" for part in text.split(",")):
+        raise UsageError(f"the arm {text!r} sets a learning rate: the sweep does, so leave it out.")
+    return Arm.parse(text, defaults)
 
 
 def _pairs(first: Curve, treated: Curve) -> dict[str, Paired]:

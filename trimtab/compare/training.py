@@ -27,7 +27,8 @@ def prepared(name: str, text: str | Path | None = None) -> Workload:
 
 def training_job(workload: Workload, settings: Settings, text: str | Path | None = None) -> Job:
     """Return the job that trains a workload with these settings, recorded by the default watch."""
-    name = "-".join([workload.name, *settings.remedies, f"lr{settings.lr:g}", f"seed{settings.seed}"])
+    optimizer = [] if settings.optimizer == workload.defaults.optimizer else [settings.optimizer]
+    name = "-".join([workload.name, *optimizer, *settings.remedies, f"lr{settings.lr:g}", f"seed{settings.seed}"])
     arguments = {
         "workload": workload.name,
         "settings": settings.model_dump(mode="json"),

@@ -118,7 +118,8 @@ def _advance(
     if chain.compile and rule.form.startswith("8bit") and rule.splits(ps, kepts):
         for u, p, kept in zip(us, ps, kepts, strict=True):
             for one in _pieces(u.contiguous(), p, kept, rule.form, COMPILED_PIECE):
-                _compiled(chain, rule, hs, [one[0]], [one[1]], [one[2]], total)
+                piece_u, piece_p, piece_kept = _in_rows(*one, block_of(rule.form))
+                _compiled(chain, rule, hs, [piece_u], [piece_p], [piece_kept], total)
         return us
     if chain.compile:
         return _compiled(chain, rule, hs, us, ps, kepts, total)
@@ -216,6 +217,16 @@ def _pieces(
         for name, value in kept.items()
     }
     return [(us[i], ps[i], {name: parts[i] for name, parts in kepts.items()}) for i in range(len(ps))]
+
+
+def _in_rows(
+    u: Tensor, p: Tensor, kept: dict[str, Tensor], block: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Return a piece with one block a row, if it is whole blocks: scales are then one a row, and all loops alike."""
+    if p.numel() % block:
+        return u, p, kept
+    rows = {name: value.view(-1, block) if value.numel() == p.numel() else value for name, value in kept.items()}
+    return u.view(-1, block), p.view(-1, block), rows
 
 
 def _compiled(

@@ -35,10 +35,11 @@ class Outcome:
         loss: test loss at the end of the schedule; the one at initialisation if the run diverged.
         metrics: every test metric at the end; empty if the run diverged.
         initial_loss: test loss at initialisation.
-        diverged: whether a loss was not finite.
+        diverged: whether a loss was not finite, or a gradient that the optimizer refuses.
         steps: optimizer steps done.
         cpu_seconds_per_step: of the training step and its watch, without evaluations and checkpoints.
-        mechanism: for signals that explain the outcome, the worst finite value over run, modules and heads.
+        mechanism: for signals that explain the outcome, the worst finite value over run, modules and heads; and
+            `state_bytes_per_parameter`, what the optimizer keeps between steps.
         folder: where the record and checkpoints are, or None.
 
     Example:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.catalogue import method
-from trimtab.errors import RecordError, UsageError
+from trimtab.errors import RecordError, RunFailedError, UsageError
 from trimtab.record import Recorder, save_checkpoint
 from trimtab.record.checkpoint import rng_state, set_rng_state
 from trimtab.remedy import apply
 from trimtab.scalars import to_scalar
+from trimtab.workloads import faults
 from trimtab.workloads.interrupt import Interrupt
+from trimtab.workloads.optimizers import make_optimizer, state_bytes_per_parameter
 from trimtab.workloads.outcome import Outcome, mechanism
 from trimtab.workloads.settings import Settings
 from trimtab.workloads.workload import Workload
@@ -53,7 +57,11 @@ class Session:
         self.applied: list[tuple[str, dict[str, str]]] = []
         for name in asked.remedies:
             self._apply(name)
-        self.optimizer = _optimizer(self.model, self.settings)
+        self.optimizer = make_optimizer(self.model, self.settings)
+        self.takes_loss = "loss" in inspect.signature(self.optimizer.step).parameters
+        self.averaged = not hasattr(self.optimizer, "eval")
+        """Whether the weights are already those to evaluate: always, but for optimizers with two modes."""
+        self._mode("train")
         # Remedies may draw random numbers; dropout must be the same with and without them.
         torch.manual_seed(asked.seed)
         self.at = Standing()
@@ -83,8 +91,11 @@ class Session:
             self.optimizer.load_state_dict(saved["optimizer"])
             set_rng_state(saved["rng"])
             self.at = Standing(**saved["progress"])
+            # A finished run was saved as it is to be used; one to be continued as it trains.
+            self.averaged = self.averaged or self.at.step == self.settings.steps
         else:
-            self.at.initial_loss = self.workload.evaluate(self.model)["loss"]
+            with self._to_evaluate():
+                self.at.initial_loss = self.workload.evaluate(self.model)["loss"]
         if recorder is None:
             return
         recorder.meta("initial_loss", self.at.initial_loss)
@@ -125,12 +136,18 @@ class Session:
         if not self.diverged:
             self.evaluate(recorder)
             self.diverged = not math.isfinite(self.metrics["loss"])
+        if self.at.step == steps and not self.averaged:
+            self._mode("eval")
+            self.averaged = True
         self.save(folder, recorder, final=True)
         if self.diverged and recorder is not None:
             recorder.close("diverged")
 
     def step(self, recorder: Recorder | None, watcher: Watch | None) -> float:
-        """Take one optimizer step and return its loss; a loss that is not finite leaves the weights as they are."""
+        """Take one optimizer step and return its loss.
+
+        A loss that is not finite, or a gradient that the optimizer refuses, leaves the weights as they are.
+        """
         began = time.process_time()
         settings, at = self.settings, self.at.step
         lr = settings.learning_rate(at)
@@ -141,12 +158,25 @@ class Session:
         loss = self.loss(self.model(inputs), targets)
         value = to_scalar(loss)
         loss.backward()
+        if settings.spikes or settings.outliers:
+            faults.inject(
+                self.model.parameters(),
+                settings.seed,
+                at,
+                spikes=settings.spikes,
+                outliers=settings.outliers,
+                scale=settings.spike_scale,
+            )
         norm = None
         if settings.clip:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
         self.diverged = not math.isfinite(value)
         if not self.diverged:
-            self.optimizer.step()
+            seen: dict[str, Any] = {"loss": loss.detach()} if self.takes_loss else {}
+            try:
+                self.optimizer.step(**seen)
+            except RunFailedError:  # a gradient that is not finite, refused before anything was changed
+                self.diverged = True
         self.optimizer.zero_grad()
         if watcher is not None:
             watcher.step(loss, step=at)
@@ -160,12 +190,34 @@ class Session:
 
     def evaluate(self, recorder: Recorder | None) -> None:
         """Evaluate on the test part; no random number is drawn and the model's modes stay as they are."""
-        self.metrics = self.workload.evaluate(self.model)
+        with self._to_evaluate():
+            self.metrics = self.workload.evaluate(self.model)
         if recorder is not None:
             for name, value in self.metrics.items():
                 # The accuracy on the training batches is the watch's signal; the one on the whole part is an outcome.
                 if not name.startswith("train_"):
                     recorder.log(self.at.step - 1, f"eval_{name}", value)
+
+    def _mode(self, name: str) -> None:
+        if (change := getattr(self.optimizer, name, None)) is not None:
+            change()
+
+    @contextmanager
+    def _to_evaluate(self) -> Iterator[None]:
+        """Inside the block the weights are those that the optimizer means for evaluation; training never sees it."""
+        if self.averaged:
+            yield
+            return
+        # The optimizer's own way back is exact only up to rounding.
+        kept = [parameter.detach().clone() for parameter in self.model.parameters()]
+        self._mode("eval")
+        try:
+            yield
+        finally:
+            self._mode("train")
+            with torch.no_grad():
+                for parameter, value in zip(self.model.parameters(), kept, strict=True):
+                    parameter.copy_(value)
 
     def save(self, folder: Path | None, recorder: Recorder | None, *, final: bool = False) -> None:
         """Write a checkpoint. Only the last one's failure ends the run; another is tried at the next occasion."""
@@ -190,6 +242,9 @@ class Session:
         recorder.event(self.at.step, "checkpoint", f"checkpoint after {self.at.step} steps", {"path": str(path)})
         recorder.flush()
 
+    def _costs(self) -> dict[str, float]:
+        return {"state_bytes_per_parameter": state_bytes_per_parameter(self.optimizer, self.model)}
+
     def outcome(self, folder: Path | None) -> Outcome:
         """Return what came out."""
         return Outcome(
@@ -201,19 +256,6 @@ class Session:
             diverged=self.diverged,
             steps=self.at.step,
             cpu_seconds_per_step=self.at.cpu_seconds / max(1, self.at.step),
-            mechanism={} if folder is None else mechanism(folder),
+            mechanism={} if folder is None else {**mechanism(folder), **self._costs()},
             folder=None if folder is None else str(folder),
         )
-
-
-def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.lr,
-        betas=(settings.beta1, settings.beta2),
-        weight_decay=settings.weight_decay,
-    )

@@ -5,24 +5,47 @@ from __future__ import annotations
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 
 from trimtab.catalogue import method
 from trimtab.errors import UsageError, choose
+from trimtab.workloads.optimizers import (
+    BASELINES,
+    MOMENTS,
+    Scalar,
+    checked_options,
+    has_lr,
+    optimizer_class,
+    option_names,
+    own_moments,
+    pairs,
+    taken_moments,
+)
 
-OPTIMIZERS = ("adamw", "sgd")
-_ONLY_FOR = {"beta1": "adamw", "beta2": "adamw", "momentum": "sgd"}
+_OPTION = "optimizer."
+_LATER = ("options", "spikes", "spike_scale", "outliers")
+"""Settings that are not written down at their defaults, so that the record of a plain run does not mention them."""
 
 
 class Settings(BaseModel):
     """Settings of one training run; a wrong value is a one-line `UsageError`.
 
     Args:
-        optimizer: `"adamw"` (decoupled weight decay) or `"sgd"` (weight decay added to the gradient).
+        optimizer: torch's own `"adamw"` (decoupled weight decay) or `"sgd"` (weight decay added to the gradient), or an
+            optimizer of the catalogue (`"trimtab-adamw"` where the plain name is torch's).
         lr: peak learning rate, above 0.
-        beta1: decay of AdamW's first moment, in [0, 1).
-        beta2: decay of AdamW's second moment, in [0, 1).
-        momentum: SGD's momentum, in [0, 1).
+        beta1: decay of the first moment, in [0, 1), for optimizers that have one.
+        beta2: decay of the second moment, in [0, 1), for optimizers that have one.
+        momentum: in [0, 1), for optimizers that have it.
         weight_decay: on every parameter, at least 0.
         clip: largest global gradient norm; 0 turns clipping off.
         warmup: fraction of the steps in which the learning rate rises linearly, in [0, 1).
@@ -31,6 +54,12 @@ class Settings(BaseModel):
         batch_size: samples a step; 0 takes the whole training set.
         seed: of the initialisation, the order of the batches and dropout.
         remedies: names of methods, applied in this order.
+        options: the catalogue optimizer's own options by name, and those of every chain (`state`, `foreach`, `compile`,
+            `nonfinite`); what is not named keeps the optimizer's default.
+        spikes: probability that a step's gradient is multiplied by `spike_scale` in one parameter tensor, in [0, 1].
+        spike_scale: size of the faults that `spikes` and `outliers` put into gradients, above 0.
+        outliers: fraction of gradient entries that get heavy-tailed noise of `spike_scale` times their tensor's
+            root mean square, at each step, in [0, 1].
 
     Raises:
         UsageError: if a value breaks its rule or a name is unknown.
@@ -38,11 +67,13 @@ class Settings(BaseModel):
     Example:
         >>> Settings(lr=0.1, steps=10).replace(lr=0.2).lr
         0.2
+        >>> Settings(lr=0.1, steps=10).replace(optimizer="trimtab-adamw", state="bf16").options
+        (('state', 'bf16'),)
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    optimizer: str = "adamw"
     lr: float = Field(gt=0)
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
@@ -55,6 +86,10 @@ class Settings(BaseModel):
     batch_size: int = Field(0, ge=0, le=10**9)
     seed: int = Field(0, ge=0, lt=2**63)
     remedies: tuple[str, ...] = ()
+    options: tuple[tuple[str, Scalar], ...] = ()
+    spikes: float = Field(0.0, ge=0, le=1)
+    spike_scale: float = Field(1000.0, gt=0)
+    outliers: float = Field(0.0, ge=0, le=1)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -62,12 +97,37 @@ class Settings(BaseModel):
         except ValidationError as error:
             raise UsageError(_one_line(error)) from None
 
+    @model_serializer(mode="wrap")
+    def _brief(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = dump(self)
+        fields = type(self).model_fields
+        for name in _LATER:
+            if name in values and getattr(self, name) == fields[name].default:
+                del values[name]
+        if "options" in values:
+            values["options"] = dict(self.options)
+        return values
+
+    @field_validator("optimizer")
+    @classmethod
+    def _steppable(cls, name: str) -> str:
+        optimizer_class(name)
+        return name
+
+    @field_validator("options", mode="before")
+    @classmethod
+    def _typed(cls, options: Any, info: ValidationInfo) -> tuple[tuple[str, Scalar], ...]:
+        # An optimizer that was refused is not in the data, and its refusal is what the user reads.
+        return checked_options(info.data["optimizer"], options) if "optimizer" in info.data else ()
+
     @field_validator("remedies")
     @classmethod
     def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for index, name in enumerate(names):
             card = method(name)
-            if card.acts_on == "optimizer" or card.apply is None:
+            if card.acts_on == "optimizer":
+                raise UsageError(f"{name} is an optimizer: name it first in the arm, not with 'with='.")
+            if card.apply is None:
                 raise UsageError(f"{name} acts on the {card.acts_on} and cannot be put into a run with 'with='.")
             if name in names[:index]:
                 raise UsageError(f"{name} is given twice: once is enough.")
@@ -76,16 +136,34 @@ class Settings(BaseModel):
     def replace(self, **changes: Any) -> Settings:
         """Return a copy with some values changed, checked like new ones.
 
+        Names that are options of the optimizer go to `options`, and so do those after `optimizer.`, for options that
+        have the name of a setting (`**{"optimizer.warmup": 150}`). Another optimizer starts without options, and with
+        its own momentum and betas unless these are Adam's (0.9, 0.999): relatives of Adam keep the betas as they are.
+
         Raises:
             UsageError: if a value breaks its rule, a name is unknown, or a changed value would have no effect with the
                 chosen optimizer.
         """
-        for name in changes:
-            choose("setting", name, Settings.model_fields)
-        changed = Settings(**{**self.model_dump(), **changes})
-        for name, optimizer in _ONLY_FOR.items():
-            if name in changes and changed.optimizer != optimizer:
-                raise UsageError(f"{name} has no effect with {changed.optimizer}: it belongs to {optimizer}.")
+        chosen = changes.get("optimizer", self.optimizer)
+        taken, known = taken_moments(chosen), option_names(chosen)
+        plain = set(Settings.model_fields) - {name for name in MOMENTS if name not in taken and name in known}
+        values = {name: value for name, value in changes.items() if name in plain}
+        loose = [(name.removeprefix(_OPTION), value) for name, value in changes.items() if name not in plain]
+        for name, _ in loose:
+            choose("setting", name, [*Settings.model_fields, *known])
+        for name in MOMENTS:
+            if name in values and name not in taken:
+                owner = next(key for key, moments in BASELINES.items() if name in moments)
+                raise UsageError(f"{name} has no effect with {chosen}: it belongs to {owner}.")
+        if "lr" in values and not has_lr(chosen):
+            raise UsageError(f"lr has no effect with {chosen}: it has no learning rate.")
+        if chosen != self.optimizer:
+            values = {**own_moments(chosen), "options": {}, **values}
+        if loose:
+            values["options"] = {**dict(pairs(values.get("options", self.options))), **dict(pairs(loose))}
+        changed = Settings(**{**self.model_dump(), **values})
+        if "spike_scale" in values and not (changed.spikes or changed.outliers):
+            raise UsageError("spike_scale has no effect without spikes or outliers: give one of them too.")
         return changed
 
     def learning_rate(self, step: int) -> float:
@@ -105,7 +183,9 @@ def parse_arm(text: str, defaults: Settings) -> Settings:
     """Read an arm as a command line gives it: an optimizer, `name=value` pairs and `with=METHOD`, joined by commas.
 
     Args:
-        text: such as `"adamw,lr=3e-2,with=qk-norm"`; what is not named keeps its default.
+        text: such as `"adamw,lr=3e-2,with=qk-norm"`; what is not named keeps its default. Options of an optimizer of
+            the catalogue are written like settings: `"trimtab-adamw,eps=1e-6,state=bf16"`; one that has the name of a
+            setting is written `optimizer.NAME`.
         defaults: the workload's default settings.
 
     Returns:
@@ -122,20 +202,24 @@ def parse_arm(text: str, defaults: Settings) -> Settings:
     remedies: list[str] = []
     for place, part in enumerate(text.split(",")):
         name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals and place == 0 and name in OPTIMIZERS:
+        if not equals and place == 0 and name and name not in Settings.model_fields:
+            optimizer_class(name)
             name, value = "optimizer", name
         elif not equals or not name or not value:
             raise UsageError(
-                f"cannot read {part!r} in the arm {text!r}: write an optimizer first ({', '.join(OPTIMIZERS)}), "
-                "then name=value pairs, such as 'adamw,lr=3e-2,with=qk-norm'."
+                f"cannot read {part!r} in the arm {text!r}: write an optimizer first (adamw, sgd or one of "
+                "'trimtab methods --room optim'), then name=value pairs, such as 'adamw,lr=3e-2,with=qk-norm'."
             )
         if name == "with":
             remedies.append(value)
             continue
-        choose("setting", name, [*(set(Settings.model_fields) - {"remedies"}), "with"])
         if name in changes:
             raise UsageError(f"{name} is given twice in the arm {text!r}: once is enough.")
         changes[name] = value
+    known = option_names(changes.get("optimizer", defaults.optimizer))
+    for name in changes:
+        plain = name.removeprefix(_OPTION) if name.removeprefix(_OPTION) in known else name
+        choose("setting", plain, [*(set(Settings.model_fields) - {"remedies", "options"}), *known, "with"])
     if remedies:
         changes["remedies"] = (*defaults.remedies, *remedies)
     return defaults.replace(**changes)

@@ -48,8 +48,8 @@ def train(
         text: a file or folder of text, for language models.
 
     Returns:
-        The outcome. A loss that is not finite ends the run early: `diverged` is then true and `loss` the one at
-        initialisation.
+        The outcome. A loss that is not finite, or a gradient that the optimizer refuses, ends the run early: `diverged`
+        is then true and `loss` the one at initialisation.
 
     Raises:
         UsageError: if a setting cannot be used, or the folder holds a run with other settings.
@@ -93,10 +93,11 @@ def _saved(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
     else:
         _, saved = load_checkpoint(newest)
         found = saved["identity"]
-    for name, value in identity.items():
-        if found.get(name) != value:
+    for name in {**identity, **found}:
+        there, here = found.get(name), identity.get(name)
+        if there != here:
             raise UsageError(
-                f"{folder} holds a run with other settings: {name} is {found.get(name)!r} there and {value!r} here. "
+                f"{folder} holds a run with other settings: {name} is {there!r} there and {here!r} here. "
                 "Resume it with its own settings, or choose another folder."
             )
     return saved

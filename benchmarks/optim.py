@@ -76,10 +76,12 @@ def peers() -> dict[str, Make]:
     try:
         import pytorch_optimizer as po
 
-        for name in ("Lion", "CAME", "SPAM", "StableSPAM", "AdEMAMix", "Ranger21", "Muon"):
-            if hasattr(po, name):
-                extra = {"num_iterations": 1000} if name == "Ranger21" else {}
-                arms[f"pytorch-optimizer {name}"] = lambda params, c=getattr(po, name), e=extra: c(params, lr=1e-4, **e)
+        def theirs(name: str) -> Make:
+            extra = {"num_iterations": 1000} if name == "Ranger21" else {}
+            return lambda params: getattr(po, name)(params, lr=1e-4, **extra)
+
+        for name in ("Lion", "CAME", "SPAM", "StableSPAM", "Ranger21"):
+            arms[f"pytorch-optimizer {name}"] = theirs(name)
     except ImportError:
         pass
     try:

@@ -219,9 +219,7 @@ def _pieces(
     return [(us[i], ps[i], {name: parts[i] for name, parts in kepts.items()}) for i in range(len(ps))]
 
 
-def _in_rows(
-    u: Tensor, p: Tensor, kept: dict[str, Tensor], block: int
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _in_rows(u: Tensor, p: Tensor, kept: dict[str, Tensor], block: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return a piece with one block a row, if it is whole blocks: scales are then one a row, and all loops alike."""
     if p.numel() % block:
         return u, p, kept

@@ -28,7 +28,7 @@ MOMENTS = ("beta1", "beta2", "momentum")
 _ADAM = (0.9, 0.999)
 _PREFIX = "trimtab-"
 _LENGTH = ("num_steps", "total_steps")
-_FROM_RUN = frozenset({"params", "lr", "weight_decay", "betas", "seed", "maximize", *_LENGTH})
+_FROM_RUN = frozenset({"params", "model", "lr", "weight_decay", "betas", "seed", "maximize", *_LENGTH})
 """Parameters of optimizers that are no options of an arm: they have a setting, or no meaning there."""
 
 
@@ -169,8 +169,8 @@ def _from_catalogue(kind: type[torch.optim.Optimizer], model: nn.Module, setting
     accepted = _accepted(kind)
     groups = param_groups_for(model, weight_decay=settings.weight_decay, decayed=ROLES)
     keywords: dict[str, Any] = dict(settings.options)
-    given = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": settings.seed}
-    given |= dict.fromkeys(_LENGTH, settings.steps)
+    given: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.weight_decay, "seed": settings.seed}
+    given |= {"model": model, **dict.fromkeys(_LENGTH, settings.steps)}
     keywords |= {name: value for name, value in given.items() if name in accepted}
     if "weight_decay" not in accepted:
         if settings.weight_decay:

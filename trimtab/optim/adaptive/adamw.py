@@ -80,7 +80,7 @@ class AdamW(Chain):
         params: parameters or groups.
         lr: learning rate.
         betas: decay of the two moments, each in [0, 1).
-        eps: added to the denominator.
+        eps: added to the denominator, above or equal to 0.
         weight_decay: decoupled.
         options: of every `Chain`: `maximize`, `state`, `foreach`, `compile`, `nonfinite`.
 
@@ -123,5 +123,19 @@ CARD = Card(
         Default("eps", 1e-8, "Adam's paper"),
         Default("weight_decay", 0.01, "torch.optim.AdamW"),
     ),
-    verified={"equation": ("tests/optim/adaptive/test_adamw.py::test_first_step_is_closed_form",)},
+    verified={
+        "equation": (
+            "tests/optim/adaptive/test_adamw.py::test_first_step_is_closed_form",
+            "tests/optim/adaptive/test_adamw.py::test_a_constant_gradient_always_moves_by_the_learning_rate",
+        ),
+        "reference": (
+            "tests/optim/adaptive/test_adamw.py::test_equals_torch",
+            "tests/optim/adaptive/test_adamw.py::test_equals_optax",
+        ),
+    },
+    deviations=(
+        "The decay is multiplied by the learning rate, as in torch and in most code since; the paper scales both by a "
+        "schedule of its own.",
+        "amsgrad is left out.",
+    ),
 )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trimtab import optim
@@ -82,6 +83,27 @@ def _from_timm(
     return Pair(ours, f"timm {name}", settings, lambda p: getattr(optim, ours)(p, **mine), make_theirs, "timm", **facts)
 
 
+class FromOptax:
+    """An optax rule with the interface of a torch optimizer, in float64."""
+
+    def __init__(self, params: Any, rule: str, **options: Any) -> None:
+        self.jax, optax = importlib.import_module("jax"), importlib.import_module("optax")
+        self.params = list(params)
+        self.jax.config.update("jax_enable_x64", True)
+        self.rule = getattr(optax, rule)(**options)
+        self.state = self.rule.init(self._arrays(self.params))
+
+    def _arrays(self, tensors: Any) -> Any:
+        return [self.jax.numpy.asarray(tensor.detach().numpy().copy()) for tensor in tensors]
+
+    def step(self) -> None:
+        """Take a step with the gradients that the parameters have."""
+        gradients = self._arrays([p.grad for p in self.params])
+        updates, self.state = self.rule.update(gradients, self.state, self._arrays(self.params))
+        for p, update in zip(self.params, updates, strict=True):
+            p.data += torch.from_numpy(np.array(update))
+
+
 def timm(name: str) -> str:
     """Return where timm has an optimizer; its package needs torchvision, its optimizers do not."""
     return f"timm:timm.optim.{name}"
@@ -91,8 +113,25 @@ PO = "pytorch_optimizer:pytorch_optimizer:"
 LR = {"lr": 1e-2}
 DECAY = {"lr": 1e-2, "weight_decay": 0.1}
 SPAM = {"lr": 1e-2, "threshold": 30.0, "interval": 40, "warmup": 10}
-GALORE = {"lr": 1e-2, "rank": 8, "update_gap": 50, "scale": 0.5}
-AUTHORS = {"rank": 8, "update_proj_gap": 50, "scale": 0.5, "proj_type": "std"}
+
+
+def projected(ours: str, package: str, module: str, name: str, *, follow: str, why: str = "") -> Pair:
+    """Return a pair of low-rank optimizers at rank 8, with new projectors every 20 steps."""
+    theirs = {"rank": 8, "update_proj_gap": 20, "scale": 0.25}
+    theirs["proj_type" if package == "galore-torch" else "projection_type"] = "std"  # type: ignore[assignment]
+
+    def make_theirs(params: Any) -> Any:
+        extra = {"no_deprecation_warning": True} if package == "galore-torch" else {"foreach": False}
+        groups = [{"params": params, **theirs}]
+        return getattr(importlib.import_module(module), name)(groups, lr=1e-2, weight_decay=0.1, **extra)
+
+    def make_ours(params: Any) -> Any:
+        cls = getattr(optim, ours)
+        return cls(params, lr=1e-2, rank=8, update_gap=20, weight_decay=0.1, follow=follow)
+
+    settings = f"lr=0.01, rank=8, update_gap=20, weight_decay=0.1, follow={follow}"
+    return Pair(ours, f"{package} {name}", settings, make_ours, make_theirs, package, shapes=MATRICES, why=why)
+
 
 PAIRS: tuple[Pair, ...] = (
     pair("AdamW", "torch:torch.optim:AdamW", DECAY, DECAY),
@@ -165,38 +204,46 @@ PAIRS: tuple[Pair, ...] = (
         {**LR, "total_steps": 150, "weight_decay": 0.0, "normalize": True, "softplus": 50.0},
         {**LR, "num_iterations": 150, "weight_decay": 0.0, "foreach": False},
     ),
-    Pair(
+    projected("GaLoreAdamW", "galore-torch", "galore_torch", "GaLoreAdamW", follow="code"),
+    projected(
         "GaLoreAdamW",
-        "galore-torch GaLoreAdamW",
-        "lr=0.01, rank=8, update_gap=50, scale=0.5, std",
-        lambda params: optim.GaLoreAdamW(params, **GALORE, eps=1e-6, follow="code"),
-        lambda params: importlib.import_module("galore_torch").GaLoreAdamW([{"params": params, **AUTHORS}], lr=1e-2),
-        "galore-torch",
-        shapes=MATRICES,
+        "pytorch_optimizer",
+        "pytorch_optimizer",
+        "GaLore",
+        follow="code",
+        why="its steps count from 1, so its projector is refreshed a step early",
+    ),
+    projected(
+        "Fira",
+        "pytorch_optimizer",
+        "pytorch_optimizer",
+        "Fira",
+        follow="code",
+        why="its steps count from 1, so its projector is refreshed a step early; nothing else was looked for",
     ),
     Pair(
-        "GaLoreAdamW",
-        "pytorch_optimizer GaLore",
-        "lr=0.01, rank=8, update_gap=50, scale=0.5, std",
-        lambda params: optim.GaLoreAdamW(params, **GALORE, eps=1e-6),
-        lambda params: importlib.import_module("pytorch_optimizer").GaLore(
-            [{"params": params, **AUTHORS, "projection_type": "std"}], lr=1e-2, foreach=False
-        ),
-        "pytorch_optimizer",
-        shapes=MATRICES,
-        why="its projector is refreshed a step early",
+        "AdamW",
+        "optax adamw",
+        "lr=0.01, weight_decay=0.1",
+        lambda params: optim.AdamW(params, **DECAY),
+        lambda params: FromOptax(params, "adamw", learning_rate=1e-2, weight_decay=0.1),
+        "optax",
     ),
     Pair(
-        "FiraAdamW",
-        "pytorch_optimizer Fira",
-        "lr=0.01, rank=8, update_gap=50, scale=0.5, std",
-        lambda params: optim.FiraAdamW(params, **GALORE, eps=1e-6),
-        lambda params: importlib.import_module("pytorch_optimizer").Fira(
-            [{"params": params, **AUTHORS, "projection_type": "std"}], lr=1e-2, foreach=False
-        ),
+        "Lion",
+        "optax lion",
+        "lr=0.01, weight_decay=0.1",
+        lambda params: optim.Lion(params, **DECAY),
+        lambda params: FromOptax(params, "lion", learning_rate=1e-2, weight_decay=0.1),
+        "optax",
+    ),
+    Pair(
+        "PerpGradAdamW",
+        "pytorch_optimizer OrthoGrad(torch AdamW)",
+        "lr=0.01, weight_decay=0.1",
+        lambda params: optim.PerpGradAdamW(params, **DECAY),
+        lambda params: importlib.import_module("pytorch_optimizer").OrthoGrad(torch.optim.AdamW(params, **DECAY)),
         "pytorch_optimizer",
-        shapes=MATRICES,
-        why="its projector is refreshed a step early, and its limiter differs",
     ),
     pair(
         "Muon",

@@ -12,7 +12,7 @@ from torch import Tensor
 from trimtab.optim._buckets import Bucket
 from trimtab.optim._lists import TensorList
 from trimtab.optim._sharding import sum_over_ranks
-from trimtab.optim._state import block_of, close, opened
+from trimtab.optim._state import block_of, close, opened, scales_of
 from trimtab.optim.transform import Transform
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ Stages = tuple[int, ...]
 def run(chain: Chain, buckets: Sequence[Bucket]) -> None:
     """Take the step for all buckets, part by part of the chain."""
     updates: list[list[Tensor]] = [[shard.grad for shard in bucket.shards] for bucket in buckets]
-    for part in _parts(chain.transforms, buckets):
+    for part in _parts(chain, buckets):
         first = chain.transforms[part[0]]
         total: Tensor | None = None
         for bucket, us in zip(buckets, updates, strict=True):
@@ -49,16 +49,24 @@ def first_non_finite(grads: Sequence[Tensor]) -> int | None:
         return None
     # One quick pass; a norm also overflows on huge finite entries, so that a suspect is looked at again.
     norms = torch._foreach_norm([grad for grad in grads if grad.numel()] or [torch.zeros(1)])
-    if bool(torch.stack([norm.float() for norm in norms]).isfinite().all()):
+    if bool(torch.stack([norm.to(norms[0].device, torch.float32) for norm in norms]).isfinite().all()):
         return None
     return next((index for index, grad in enumerate(grads) if not bool(grad.isfinite().all())), None)
 
 
-def _parts(transforms: Sequence[Transform], buckets: Sequence[Bucket]) -> list[Stages]:
-    """Split the chain before each transform that needs the updates of all parameters, or a refresh, first."""
+def _parts(chain: Chain, buckets: Sequence[Bucket]) -> list[Stages]:
+    """Split the chain before each transform that needs the updates of all parameters, or a refresh, first.
+
+    Where lists are updated, it is also split before the entry-wise transforms at its end: these go in pieces.
+    """
+    transforms = chain.transforms
+    tail = len(transforms)
+    while chain.foreach and not chain.compile and tail and transforms[tail - 1].elementwise:
+        tail -= 1
     parts: list[list[int]] = [[0]]
     for index, transform in enumerate(transforms[1:], start=1):
-        if transform.sums or any(transform.due(bucket.step, bucket.group) for bucket in buckets):
+        due = any(transform.due(bucket.step, bucket.group) for bucket in buckets)
+        if transform.sums or due or index == tail:
             parts.append([])
         parts[-1].append(index)
     return [tuple(part) for part in parts]
@@ -211,10 +219,13 @@ def _pieces(
 ) -> list[tuple[Tensor, Tensor, dict[str, Tensor]]]:
     """Return consecutive pieces of a parameter, its update and its state, as views."""
     us, ps = u.view(-1).split(size), p.view(-1).split(size)
-    # A tensor of scales has one entry a block: a piece is a whole number of blocks.
-    kepts = {
-        name: value.view(-1).split(size if value.numel() == p.numel() else size // block_of(form))
-        for name, value in kept.items()
+    # Entry-wise transforms have state of the parameter's size, or its codes and scales: one scale a block, and a piece
+    # is a whole number of blocks. What else is kept belongs to earlier parts of the chain.
+    kepts = {name: value.view(-1).split(size) for name, value in kept.items() if value.numel() == p.numel()}
+    kepts |= {
+        scales: kept[scales].view(-1).split(size // block_of(form))
+        for name in list(kepts)
+        if (scales := scales_of(name)) in kept
     }
     return [(us[i], ps[i], {name: parts[i] for name, parts in kepts.items()}) for i in range(len(ps))]
 

@@ -30,6 +30,11 @@ def format_of(p: Tensor, group: Mapping[str, Any]) -> str:
     return wanted
 
 
+def scales_of(name: str) -> str:
+    """Return the name under which the scales of an 8-bit moment are kept."""
+    return name + _SCALE
+
+
 def block_of(form: str) -> int:
     """Return the block size of an 8-bit format, in entries."""
     return 2048 if form == "8bit-2048" else 256
@@ -46,10 +51,51 @@ def allocate(fresh: dict[str, Tensor], moments: Mapping[str, bool], form: str) -
         else:
             blocks = -(-value.numel() // block_of(form))
             kept[name] = torch.zeros_like(value, dtype=torch.uint8, memory_format=torch.contiguous_format)
-            kept[name + _SCALE] = value.new_zeros(blocks, dtype=torch.float32)
+            kept[scales_of(name)] = value.new_zeros(blocks, dtype=torch.float32)
             if value.device.type != "meta":
-                encode_(value.float(), kept[name], kept[name + _SCALE], moments[name], block_of(form))
+                encode_(value.float(), kept[name], kept[scales_of(name)], moments[name], block_of(form))
     return kept
+
+
+def converted(
+    kept: dict[str, Tensor], moments: Mapping[str, bool], like: Mapping[str, Tensor], form: str, p: Tensor
+) -> dict[str, Tensor]:
+    """Return a kept state in the format, dtypes and device that p needs now; itself if it has them.
+
+    Args:
+        kept: the state.
+        moments: names of moments, with whether they have a sign.
+        like: a fresh state in that format, for its shapes and dtypes.
+        form: the format.
+        p: what is updated.
+    """
+
+    def fits(name: str, value: Tensor) -> bool:
+        other = like.get(name)
+        return other is not None and (value.shape, value.dtype, value.device) == (other.shape, other.dtype, p.device)
+
+    if all(fits(name, value) for name, value in kept.items()):
+        return kept
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    moved = {name: value.to(p.device) for name, value in kept.items()}
+    state = opened(moved, moments, _format_kept(kept, moments), dtype)
+    for name, value in state.items():
+        if name in moments:
+            state[name] = value.to(dtype)
+        elif name in like:
+            state[name] = value.to(like[name].dtype)
+    return allocate(state, moments, form)
+
+
+def _format_kept(kept: Mapping[str, Tensor], moments: Mapping[str, bool]) -> str:
+    """Return the format that a state is in."""
+    name = next((name for name in moments if name in kept), None)
+    if name is None:
+        return "fp32"
+    if name + _SCALE in kept:
+        blocks = kept[name + _SCALE].numel()
+        return next(form for form in FORMATS[2:] if -(-kept[name].numel() // block_of(form)) == blocks)
+    return "bf16" if kept[name].dtype == torch.bfloat16 else "fp32"
 
 
 def opened(kept: Mapping[str, Tensor], moments: Mapping[str, bool], form: str, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -65,7 +111,7 @@ def opened(kept: Mapping[str, Tensor], moments: Mapping[str, bool], form: str, d
         elif form == "bf16":
             state[name] = value.to(dtype)
         else:
-            state[name] = decode(value, kept[name + _SCALE], moments[name], block_of(form)).to(dtype)
+            state[name] = decode(value, kept[scales_of(name)], moments[name], block_of(form)).to(dtype)
     return state
 
 
@@ -79,4 +125,4 @@ def close(state: Mapping[str, Tensor], kept: Mapping[str, Tensor], moments: Mapp
         if form == "bf16":
             kept[name].copy_(state[name])
         else:
-            encode_(state[name].float(), kept[name], kept[name + _SCALE], signed, block_of(form))
+            encode_(state[name].float(), kept[name], kept[scales_of(name)], signed, block_of(form))

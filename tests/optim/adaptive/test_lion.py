@@ -1,4 +1,4 @@
-"""Lion against its pseudo-code, lion-pytorch and optax."""
+"""Lion against its pseudo-code and lion-pytorch."""
 
 from __future__ import annotations
 
@@ -61,21 +61,6 @@ def test_equals_lion_pytorch(streams, options):
     ours = streams.run(lambda params: Lion(params, **options))
     theirs = streams.run(lambda params: peer.Lion(params, **options))
     assert streams.deviation(ours, theirs) < 1e-12
-
-
-@pytest.mark.parametrize("options", _SETTINGS, ids=str)
-def test_equals_optax(streams, options):
-    jax, optax = pytest.importorskip("jax"), pytest.importorskip("optax")
-    with jax.enable_x64():
-        beta1, beta2 = options.get("betas", (0.9, 0.99))
-        rule = optax.lion(options["lr"], b1=beta1, b2=beta2, weight_decay=options.get("weight_decay", 0.0))
-        params = [jax.numpy.asarray(x.numpy()) for x in streams.start()]
-        state, path = rule.init(params), []
-        for step in streams.gradients():
-            updates, state = rule.update([jax.numpy.asarray(g.numpy()) for g in step], state, params)
-            params = optax.apply_updates(params, updates)
-            path.append([torch.tensor(np.asarray(x)) for x in params])
-    assert streams.deviation(streams.run(lambda params: Lion(params, **options)), path) < 1e-12
 
 
 def test_a_zero_gradient_moves_nothing():

@@ -49,8 +49,8 @@ class perp_grad(Transform):
 
     def update(self, u: Any, p: Any, state: Any, h: Any) -> Any:
         """Return the rescaled orthogonal component."""
-        g_perp = u - p * ((p * u).sum() / ((p * p).sum() + _EPS))
-        norm, norm_perp = (u * u).sum().sqrt(), (g_perp * g_perp).sum().sqrt()
+        g_perp = u - p * ((p * u).sum() / (torch.linalg.vector_norm(p).square() + _EPS))
+        norm, norm_perp = torch.linalg.vector_norm(u), torch.linalg.vector_norm(g_perp)
         # Along the weights up to rounding, what remains is noise: rescaled, it would be a step in a random direction.
         has_direction = norm_perp > norm * (_ROUNDING * torch.finfo(u.dtype).eps)
         scale = norm / (norm_perp + _EPS)

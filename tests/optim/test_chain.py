@@ -326,8 +326,11 @@ def test_torchs_adamw_checkpoint_goes_on_in_ours():
 def test_groups_and_parameters_choose_their_own_format():
     big, kept, small = _params((80, 80), (80, 80), (8, 8))
     kept.optim_state = "fp32"
-    optimizer = AdamW([{"params": [big, small], "state": "8bit"}, {"params": [kept], "state": "8bit-2048"}])
+    (embedding,) = _params((80, 80))
+    groups = [{"params": [big, small], "state": "8bit"}, {"params": [kept], "state": "8bit-2048"}]
+    optimizer = AdamW([*groups, {"params": [embedding], "state": "8bit", "role": "embedding"}])
     optimizer.step()
+    assert optimizer.state[embedding]["exp_avg"].dtype == torch.float32
     assert optimizer.state[big]["exp_avg"].dtype == torch.uint8
     assert optimizer.state[kept]["exp_avg"].dtype == torch.float32
     assert optimizer.state[small]["exp_avg"].dtype == torch.float32

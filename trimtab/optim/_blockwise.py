@@ -33,6 +33,8 @@ _CHUNK = 65_536
 
 _DECADES = 7
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 class _Tables(NamedTuple):
     code: Tensor  # [256] values, ascending
@@ -176,7 +178,7 @@ def encode_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: int =
         return
     if torch.compiler.is_compiling() and x.numel() % block == 0:
         rows = x.float().reshape(-1, block)
-        scale = rows.abs().amax(dim=1)
+        scale = rows.abs().amax(dim=1).clamp_max(_LARGEST)
         absmax.copy_(scale)
         inverse = torch.where(scale == 0, 1.0, 1 / scale).unsqueeze(1)
         codes.copy_(_nearest(rows * inverse, signed).view(codes.shape))
@@ -185,7 +187,7 @@ def encode_(x: Tensor, codes: Tensor, absmax: Tensor, signed: bool, block: int =
     flat, target = x.reshape(-1), codes.view(-1)
     for start, stop, size in _pieces(flat.numel(), block):
         piece = flat[start:stop].float().view(-1, size)
-        scale = piece.abs().amax(dim=1)
+        scale = piece.abs().amax(dim=1).clamp_max(_LARGEST)
         absmax[start // block : -(-stop // block)].copy_(scale)
         y = piece / torch.where(scale == 0, 1.0, scale).unsqueeze(1)
         if torch.compiler.is_compiling():

@@ -60,8 +60,11 @@ def _check(chain: Chain, incoming: Mapping[str, Any]) -> None:
     groups = incoming["param_groups"]
     if [len(group["params"]) for group in groups] != [len(group["params"]) for group in chain.param_groups]:
         return  # torch's own message names the sizes
+    if extra := sorted(map(str, incoming["state"].keys() - set(_places(groups)))):
+        raise UsageError(f"the state dict has a state of parameter {extra[0]}, which none of its groups has.")
     for saved, own in zip(groups, chain.param_groups, strict=True):
         options = {**chain.defaults, **saved}
+        chain._check(options)
         for place, p in zip(saved["params"], own["params"], strict=True):
             if place in incoming["state"]:
                 _check_one(chain, place, p, incoming["state"][place], options)
@@ -77,8 +80,13 @@ def _check_one(chain: Chain, place: Any, p: Tensor, state: Mapping[str, Any], op
             f"the saved state of parameter {place} has {unknown[0]!r}, which this optimizer does not keep."
         )
     for name, value in expected.items():
-        if isinstance(value, Tensor) and state[name].shape != value.shape:
+        if not isinstance(value, Tensor):
+            continue
+        found = state[name]
+        if not isinstance(found, Tensor):
+            raise UsageError(f"the saved {name} of parameter {place} is {type(found).__name__}, but must be a tensor.")
+        if found.shape != value.shape:
             raise UsageError(
-                f"the saved {name} of parameter {place} has shape {tuple(state[name].shape)}, "
+                f"the saved {name} of parameter {place} has shape {tuple(found.shape)}, "
                 f"but this optimizer needs {tuple(value.shape)}."
             )

@@ -21,11 +21,14 @@ _SCALE = "_absmax"
 def format_of(p: Tensor, group: Mapping[str, Any]) -> str:
     """Return the storage format of a parameter's moments: the group's, unless the parameter or its size says otherwise.
 
+    Embeddings (of a group with that role) are not kept in 8 bits, as the paper has it: rare tokens' rows have gradients
+    of very uneven size.
+
     Raises:
         UsageError: if there is no such format.
     """
     wanted = choose("state format", getattr(p, "optim_state", group["state"]), FORMATS)
-    if wanted.startswith("8bit") and p.numel() < SMALLEST_IN_8_BITS:
+    if wanted.startswith("8bit") and (p.numel() < SMALLEST_IN_8_BITS or group.get("role") == "embedding"):
         return "fp32"
     return wanted
 

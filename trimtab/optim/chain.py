@@ -11,6 +11,7 @@ memory (`compile=True`).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -22,8 +23,8 @@ from torch.optim.optimizer import ParamsT
 from trimtab.errors import RunFailedError, UsageError, choose
 from trimtab.optim import _buckets, _checkpoint, _execution
 from trimtab.optim._sharding import Shard, any_rank
-from trimtab.optim._state import FORMATS, allocate, format_of
-from trimtab.optim.transform import Descend, Transform, check_range
+from trimtab.optim._state import FORMATS, allocate, converted, format_of
+from trimtab.optim.transform import Descend, Transform, check_flag, check_range, check_whole
 from trimtab.scalars import to_scalar
 
 __all__ = ["Chain"]
@@ -40,8 +41,9 @@ class Chain(torch.optim.Optimizer):
     r"""An optimizer from gradient transforms: u = T_n(... T_1(g)), then p <- p - lr (u + weight_decay p).
 
     It keeps torch's contract: parameter groups with options of their own, schedulers, closures, hooks, `state_dict`.
-    Loading a checkpoint keeps every state tensor's dtype, shape and layout. `p.grad` is never changed. A parameter
-    without a gradient is left alone, its step count too.
+    Loading a checkpoint keeps every state tensor's dtype, shape and layout; a step converts state only where the
+    parameter has since been cast or moved, or another format was chosen. `p.grad` is never changed. A parameter without
+    a gradient is left alone, its step count too. Autocast is off within a step.
 
     Args:
         params: parameters, named parameters, or parameter groups; real and dense.
@@ -85,10 +87,14 @@ class Chain(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         self.transforms = _complete(transforms)
+        check_flag("foreach", foreach)
+        check_flag("compile", compile)
+        check_whole("seed", seed)
         self.foreach, self.compile, self.seed = foreach, compile, seed
         self.nonfinite = choose("policy for non-finite gradients", nonfinite, _POLICIES)
         self.skipped_steps = 0
         self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._layouts: dict[Tensor, tuple[Any, ...]] = {}
         own = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "state": state}
         defaults: dict[str, Any] = {}
         for transform in self.transforms:
@@ -98,9 +104,10 @@ class Chain(torch.optim.Optimizer):
         super().__init__(params, own | defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's version keeps three attributes only; compiled code cannot be copied and is made again when needed.
-        kept = {name: value for name, value in self.__dict__.items() if name != "_compiled"}
-        return kept | {"_compiled": {}}
+        # torch's version keeps three attributes only; compiled code cannot be copied and is made again when needed. A
+        # scheduler's wrapper of `step` would, copied, step the original.
+        kept = {name: value for name, value in self.__dict__.items() if name != "step"}
+        return kept | {"_compiled": {}, "_layouts": {}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; its options are checked like those of the constructor.
@@ -119,7 +126,9 @@ class Chain(torch.optim.Optimizer):
                 raise UsageError(f"a parameter of shape {tuple(p.shape)} is complex: give its view_as_real instead.")
 
     def _check(self, group: Mapping[str, Any]) -> None:
-        check_range("lr", to_scalar(group["lr"]), 0)
+        lr = group["lr"]
+        check_range("lr", to_scalar(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)
+        check_flag("maximize", group["maximize"])
         check_range("weight_decay", group["weight_decay"], 0)
         choose("state format", group["state"], FORMATS)
         for transform in self.transforms:
@@ -136,7 +145,7 @@ class Chain(torch.optim.Optimizer):
             What the closure returns, or None.
 
         Raises:
-            UsageError: if a gradient is sparse, or of another dtype or device than its parameter.
+            UsageError: if a gradient is sparse, or of another shape, dtype or device than its parameter.
             RunFailedError: if a gradient is not finite and the policy is "raise"; nothing is changed then.
         """
         loss = None
@@ -144,14 +153,16 @@ class Chain(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         shards = self._shards()
-        if not shards or not self._usable(shards):
-            return loss
-        for shard in shards:
-            self._prepare(shard)
-        _execution.run(self, _buckets.group(self, shards))
-        for shard in shards:
-            shard.finish()
-            self.state[shard.parameter]["step"] += 1
+        # Products of matrices would else lose their precision, and the state its dtype.
+        with _without_autocast({shard.value.device.type for shard in shards}):
+            if not shards or not self._usable(shards):
+                return loss
+            for shard in shards:
+                self._prepare(shard)
+            _execution.run(self, _buckets.group(self, shards))
+            for shard in shards:
+                shard.finish()
+                self.state[shard.parameter]["step"] += 1
         return loss
 
     def _shards(self) -> list[Shard]:
@@ -168,6 +179,9 @@ class Chain(torch.optim.Optimizer):
                     raise UsageError(
                         f"{self._name(index, number)} has a sparse gradient: build its layer with sparse=False."
                     )
+                if p.grad.dtype != p.dtype or p.grad.device != p.device or p.grad.shape != p.shape:
+                    has, needs = (f"{tuple(t.shape)} {t.dtype} on {t.device}" for t in (p.grad, p))
+                    raise UsageError(f"the gradient of {self._name(index, number)} is {has}, but must be {needs}.")
                 found.append(Shard(p, index, number, place, whole=whole))
         return found
 
@@ -195,12 +209,28 @@ class Chain(torch.optim.Optimizer):
         )
 
     def _prepare(self, shard: Shard) -> None:
-        state = self.state[shard.parameter]
+        p, value, group = shard.parameter, shard.value, self.param_groups[shard.group]
+        state = self.state[p]
+        layout = (value.dtype, value.device, format_of(p, group))
         if "step" not in state:
             state["step"] = 0
-            state.update(shard.wrap(self.fresh(shard.parameter, shard.value, self.param_groups[shard.group])))
+            state.update(shard.wrap(self.fresh(p, value, group)))
+        elif self._layouts.get(p) != layout:
+            self._convert(shard, state, group)
+        self._layouts[p] = layout
         shard.kept = shard.unwrap(state)
         shard.step = state["step"] + 1
+
+    def _convert(self, shard: Shard, state: dict[str, Any], group: Mapping[str, Any]) -> None:
+        """Bring a state made for another dtype, device or format into the one that this step needs."""
+        like = self.fresh(shard.parameter, torch.empty_like(shard.value, device="meta"), group)
+        moments = {name: signed for transform in self.transforms for name, signed in transform.moments.items()}
+        old = shard.unwrap(state)
+        new = converted(old, moments, like, format_of(shard.parameter, group), shard.value)
+        if new is not old:
+            for name in old:
+                del state[name]
+            state.update(shard.wrap(new))
 
     def fresh(self, parameter: Tensor, value: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state of a parameter before its first step, for the part or copy of it that this rank updates.
@@ -229,10 +259,20 @@ class Chain(torch.optim.Optimizer):
         """Load a checkpoint; every state tensor keeps the dtype, shape and layout it was saved with.
 
         Raises:
-            UsageError: if a parameter's state has missing or unknown keys, or tensors of another shape; nothing is
-                changed then.
+            UsageError: if an option breaks its rule, or a parameter's state has missing or unknown keys, or tensors of
+                another shape; nothing is changed then.
         """
         _checkpoint.load(self, super().load_state_dict, state_dict)
+        self._layouts.clear()
+
+
+def _without_autocast(kinds: set[str]) -> contextlib.ExitStack:
+    """Return a context in which autocast is off on these kinds of device."""
+    stack = contextlib.ExitStack()
+    for kind in kinds:
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+    return stack
 
 
 def _complete(transforms: Sequence[Transform]) -> list[Transform]:

@@ -136,6 +136,36 @@ def check_range(
         raise UsageError(f"{name} must be in {ends}, got {value!r}.")
 
 
+def check_whole(name: str, value: Any, low: int | None = None) -> None:
+    """Raise a `UsageError` unless a value is a whole number, not below the lower end if there is one.
+
+    Raises:
+        UsageError: if it is not.
+
+    Example:
+        >>> check_whole("interval", 2.5, 0)
+        Traceback (most recent call last):
+        trimtab.errors.UsageError: interval must be a whole number, at least 0, got 2.5.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+        raise UsageError(f"{name} must be a whole number{'' if low is None else f', at least {low}'}, got {value!r}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise a `UsageError` unless a value is True or False.
+
+    Raises:
+        UsageError: if it is not.
+
+    Example:
+        >>> check_flag("nesterov", "no")
+        Traceback (most recent call last):
+        trimtab.errors.UsageError: nesterov must be True or False, got 'no'.
+    """
+    if not isinstance(value, bool):
+        raise UsageError(f"{name} must be True or False, got {value!r}.")
+
+
 def check_betas(betas: Any, count: int = 2) -> None:
     """Raise a `UsageError` unless `betas` are numbers in [0, 1), as many as there should be.
 

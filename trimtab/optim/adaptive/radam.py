@@ -23,7 +23,7 @@ from trimtab.card import Card, Default, Paper
 from trimtab.errors import choose
 from trimtab.optim._ops import addcmul_, ema_
 from trimtab.optim.chain import Chain
-from trimtab.optim.transform import Descend, Transform, check_betas, check_range
+from trimtab.optim.transform import Descend, Transform, check_betas, check_flag, check_range
 
 __all__ = ["RAdam", "rectified_adam"]
 
@@ -70,6 +70,7 @@ class rectified_adam(Transform):
         """Refuse betas outside [0, 1), a negative eps and an unknown source to follow."""
         check_betas(group["betas"])
         check_range("eps", group["eps"], 0)
+        check_flag("degenerated_to_sgd", group["degenerated_to_sgd"])
         choose("source to follow", group["follow"], ("paper", "code"))
 
     def init(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -34,7 +34,7 @@ from trimtab.optim._ops import addcmul_, ema_
 from trimtab.optim._sharding import Shard
 from trimtab.optim.chain import Chain
 from trimtab.optim.clipping.adaptive_clipping import adaptive_clip, unitwise_norm
-from trimtab.optim.transform import Transform, check_betas, check_range
+from trimtab.optim.transform import Transform, check_betas, check_flag, check_range, check_whole
 
 __all__ = ["Ranger21", "centralize", "ranger21_step"]
 
@@ -60,6 +60,10 @@ class centralize(Transform):
 
     def __init__(self, *, normalize: bool = False) -> None:
         super().__init__(normalize=normalize)
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Refuse a normalize that is neither True nor False."""
+        check_flag("normalize", group["normalize"])
 
     def coefficients(self, step: int, group: Mapping[str, Any]) -> dict[str, Any]:
         """Return whether to normalise."""
@@ -106,11 +110,14 @@ class ranger21_step(Transform):
         check_betas(group["betas"])
         choose("source to follow", group["follow"], _FOLLOW)
         check_range("lookahead_alpha", group["lookahead_alpha"], 0, 1, open_high=False)
-        for name in ("beta0", "eps", "norm_loss", "softplus", "warmdown_lr", "lookahead_steps"):
+        for name in ("beta0", "eps", "norm_loss", "softplus", "warmdown_lr"):
             check_range(name, group[name], 0)
+        for name in ("stable_decay", "positive_negative"):
+            check_flag(name, group[name])
+        check_whole("lookahead_steps", group["lookahead_steps"], 0)
         for name in ("total_steps", "warmup_steps"):
             if group[name] is not None:
-                check_range(name, group[name], 0)
+                check_whole(name, group[name], 0)
 
     def kind(self, p: Tensor, group: Mapping[str, Any]) -> Hashable:
         """Return whether weight decay and norm loss act on the parameter."""
@@ -296,8 +303,10 @@ class Ranger21(Chain):
         **options: Any,
     ) -> None:
         check_range("agc", agc, 0)
+        check_flag("gradient_centralization", gradient_centralization)
         normalize = follow == "code" and gradient_centralization if normalize is None else normalize
         softplus = (50.0 if follow == "code" else 0.0) if softplus is None else softplus
+        check_flag("normalize", normalize)
         if normalize and not gradient_centralization:
             raise UsageError("normalize=True divides centralised gradients: pass gradient_centralization=True too.")
         step = ranger21_step(
@@ -340,7 +349,6 @@ CARD = Card(
     claim="Better accuracy and smoother curves than AdamW; trains a ResNet-50 without normalisation.",
     acts_on="optimizer",
     entry="trimtab.optim.adaptive.ranger21:Ranger21",
-    treats={"no-learning": 4},
     defaults=(
         Default("lr", 1e-3, "pytorch_optimizer; the authors' class has none"),
         Default("total_steps", None, "ours; the authors' code needs epochs and batches"),

@@ -26,7 +26,7 @@ from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError
 from trimtab.optim._ops import add_, addcmul_
 from trimtab.optim.chain import Chain
-from trimtab.optim.transform import Transform, check_betas, check_range
+from trimtab.optim.transform import Transform, check_betas, check_range, check_whole
 
 __all__ = ["ScheduleFreeAdamW", "ScheduleFreeSGD", "schedule_free", "schedule_free_adam"]
 
@@ -65,7 +65,8 @@ class schedule_free(Transform):
     def check(self, group: Mapping[str, Any]) -> None:
         """Refuse a beta outside (0, 1), and a negative warm-up or power."""
         check_range("momentum", self.beta(group), 0, 1, open_low=True)
-        for name in ("warmup_steps", "r", "weight_lr_power"):
+        check_whole("warmup_steps", group["warmup_steps"], 0)
+        for name in ("r", "weight_lr_power"):
             check_range(name, group[name], 0)
 
     def beta(self, group: Mapping[str, Any]) -> float:
@@ -221,7 +222,8 @@ class _ScheduleFree(Chain):
 class ScheduleFreeSGD(_ScheduleFree):
     """Schedule-Free SGD: z <- z - lr (g(y) + weight_decay y), x the mean of the z's, y = (1 - momentum) z + momentum x.
 
-    Call `eval()` before the model is evaluated or saved for use, and `train()` before the next step.
+    Call `eval()` before the model is evaluated or saved for use, and `train()` before the next step. Warm up by
+    `warmup_steps`: of a scheduler's warm-up the average's weights know nothing.
 
     Args:
         params: parameters or groups.
@@ -264,7 +266,8 @@ class ScheduleFreeAdamW(_ScheduleFree):
     """Schedule-Free AdamW: z <- z - lr (g / (sqrt(v_hat) + eps) + weight_decay y), x the mean of the z's.
 
     Gradients are taken at y = (1 - beta1) z + beta1 x. Call `eval()` before the model is evaluated or saved for use,
-    and `train()` before the next step.
+    and `train()` before the next step. Warm up by `warmup_steps`: of a scheduler's warm-up the average's weights know
+    nothing.
 
     Args:
         params: parameters or groups.

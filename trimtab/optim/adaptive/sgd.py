@@ -20,7 +20,7 @@ from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError
 from trimtab.optim._ops import add_
 from trimtab.optim.chain import Chain
-from trimtab.optim.transform import Descend, Transform, check_range
+from trimtab.optim.transform import Descend, Transform, check_flag, check_range
 
 __all__ = ["SGD", "momentum"]
 
@@ -56,6 +56,7 @@ class momentum(Transform):
         """Refuse momentum outside [0, 1), dampening outside [0, 1], and nesterov without momentum or dampened."""
         check_range("momentum", group["momentum"], 0, 1)
         check_range("dampening", group["dampening"], 0, 1, open_high=False)
+        check_flag("nesterov", group["nesterov"])
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise UsageError(
                 f"nesterov needs momentum above 0 and dampening 0, got {group['momentum']!r} and "

@@ -26,7 +26,7 @@ from trimtab.errors import UsageError, choose
 from trimtab.optim._ops import add_, addcmul_
 from trimtab.optim.adaptive.adamw import adam
 from trimtab.optim.chain import Chain
-from trimtab.optim.transform import Descend, Transform, check_range
+from trimtab.optim.transform import Descend, Transform, check_range, check_whole
 
 __all__ = ["SPAM", "reset_adam", "spike_aware_adam", "spike_clip"]
 
@@ -56,7 +56,7 @@ class reset_adam(adam):
     def check(self, group: Mapping[str, Any]) -> None:
         """Refuse what Adam refuses, and a negative interval."""
         super().check(group)
-        check_range("interval", group["interval"], 0)
+        check_whole("interval", group["interval"], 0)
 
     def resets(self, step: int, group: Mapping[str, Any]) -> bool:
         """Whether the moments start again before this step."""
@@ -115,7 +115,7 @@ class spike_clip(Transform):
         """Refuse a beta outside [0, 1), a threshold that is not above 0, and a first step below 2."""
         check_range("spike_beta", group["spike_beta"], 0, 1)
         check_range("spike_threshold", group["spike_threshold"], 0, open_low=True)
-        check_range("spike_after", group["spike_after"], 2)
+        check_whole("spike_after", group["spike_after"], 2)
 
     def init(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the mean of squares, zero."""
@@ -186,8 +186,9 @@ class spike_aware_adam(reset_adam):
         """Refuse values out of range, an unknown source, and a group's density below 1 if the optimizer's is 1."""
         super().check(group)
         choose("source to follow", group["follow"], ("paper", "code"))
-        for name, low in (("threshold", 0), ("warmup", 0), ("clip_after", 2)):
-            check_range(name, group[name], low)
+        check_range("threshold", group["threshold"], 0)
+        check_whole("warmup", group["warmup"], 0)
+        check_whole("clip_after", group["clip_after"], 2)
         check_range("density", group["density"], 0, 1, open_low=True, open_high=False)
         if self.elementwise and group["density"] < 1:
             raise UsageError(
@@ -343,6 +344,7 @@ CARD = Card(
     claim="Gradient spikes are up to 1000 times typical gradients; without them pre-training beats Adam's variants.",
     acts_on="optimizer",
     entry="trimtab.optim.adaptive.spam:SPAM",
+    treats={"gradient-spike": 4, "loss-spike": 4},
     defaults=(
         Default("lr", 1e-3, "authors' code"),
         Default("betas", (0.9, 0.999), "authors' code"),

@@ -178,6 +178,7 @@ CARD = Card(
     claim="Steadies gradient norms in 4-bit training, which then beats 16-bit Adam by up to 2 perplexity.",
     acts_on="optimizer",
     entry="trimtab.optim.adaptive.stable_spam:StableSPAM",
+    treats={"gradient-spike": 2, "loss-spike": 3},
     defaults=(
         Default("lr", 1e-3, "authors' code"),
         Default("betas", (0.9, 0.999), "authors' code"),

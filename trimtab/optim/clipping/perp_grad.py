@@ -47,6 +47,9 @@ class perp_grad(Transform):
 
     elementwise = False
 
+    def __init__(self) -> None:
+        super().__init__()
+
     def update(self, u: Any, p: Any, state: Any, h: Any) -> Any:
         """Return the rescaled orthogonal component."""
         g_perp = u - p * ((p * u).sum() / (torch.linalg.vector_norm(p).square() + _EPS))

@@ -22,7 +22,7 @@ from torch import Tensor
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError
 from trimtab.optim._sharding import Shard, sum_over_ranks
-from trimtab.optim.transform import check_range
+from trimtab.optim.transform import check_flag, check_range
 from trimtab.scalars import to_scalar
 
 __all__ = ["ASAM", "SAM", "sharpness"]
@@ -80,8 +80,8 @@ class SAM(torch.optim.Optimizer):
         self.param_groups, self.state = self.base.param_groups, self.base.state
 
     def __getstate__(self) -> dict[str, Any]:
-        # torch's version keeps three attributes only.
-        return dict(self.__dict__)
+        # torch's version keeps three attributes only. A scheduler's wrapper of `step` would, copied, step the original.
+        return {name: value for name, value in self.__dict__.items() if name != "step"}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base optimizer; it may have its own `rho`, `adaptive` and `eta`.
@@ -258,6 +258,7 @@ def sharpness(
 
 def _check(options: dict[str, Any]) -> None:
     check_range("rho", options["rho"], 0)
+    check_flag("adaptive", options["adaptive"])
     check_range("eta", options["eta"], 0)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from trimtab.errors import RunFailedError, UsageError
-from trimtab.optim import AdamW, Chain, adam
+from trimtab.optim import SPAM, AdamW, Chain, RAdam, Ranger21, ScheduleFreeSGD, SGD8bit, adam
 from trimtab.optim.transform import Transform
 from trimtab.testing import run_ranks
 
@@ -245,6 +245,23 @@ def test_a_non_finite_gradient_on_one_rank_skips_the_step_on_all():
         (lambda p: AdamW([p], betas=(0.9, 1.0)), r"betas must be in \[0, 1\), got 1.0"),
         (lambda p: AdamW([p], betas=0.9), "betas must be 2 numbers"),
         (lambda p: AdamW([p], lr=float("nan")), "lr must be in"),
+        (lambda p: AdamW([p], lr="0.1"), r"lr must be in \[0, inf\), got '0.1'"),
+        (lambda p: AdamW([p], lr=None), "lr must be in"),
+        (lambda p: AdamW([p], lr=torch.ones(2)), "lr must be in"),
+        (lambda p: AdamW([p], maximize="no"), "maximize must be True or False, got 'no'"),
+        (lambda p: AdamW([p], foreach=None), "foreach must be True or False"),
+        (lambda p: AdamW([p], compile=1), "compile must be True or False"),
+        (lambda p: AdamW([p], seed=0.5), "seed must be a whole number, got 0.5"),
+        (lambda p: SPAM([p], interval=2.5), "interval must be a whole number, at least 0, got 2.5"),
+        (lambda p: SPAM([p], warmup=2.5), "warmup must be a whole number"),
+        (lambda p: SPAM([p], clip_after=1), "clip_after must be a whole number, at least 2"),
+        (lambda p: ScheduleFreeSGD([p], warmup_steps=0.1), "warmup_steps must be a whole number"),
+        (lambda p: Ranger21([p], total_steps=1e4), "total_steps must be a whole number"),
+        (lambda p: Ranger21([p], lookahead_steps=True), "lookahead_steps must be a whole number"),
+        (lambda p: Ranger21([p], positive_negative="no"), "positive_negative must be True or False"),
+        (lambda p: Ranger21([p], normalize=1), "normalize must be True or False"),
+        (lambda p: RAdam([p], degenerated_to_sgd=0), "degenerated_to_sgd must be True or False"),
+        (lambda p: SGD8bit([p], nesterov=1), "nesterov must be True or False"),
         (lambda p: AdamW([{"params": [p], "weigth_decay": 0.1}]), "Did you mean 'weight_decay'"),
         (lambda p: Chain([p], [plus(name="a"), plus(name="lr")]), "an option 'lr'"),
     ],
@@ -273,6 +290,15 @@ def test_loading_names_what_does_not_fit_and_changes_nothing():
         with pytest.raises(UsageError, match=text):
             optimizer.load_state_dict(saved)
         assert torch.equal(optimizer.state[p]["exp_avg"], before["state"][0]["exp_avg"])
+    for change, text in [
+        (lambda saved: saved["state"][0].update(exp_avg=1.0), "exp_avg of parameter 0 is float, but must be a tensor"),
+        (lambda saved: saved["state"].update({7: {}}), "a state of parameter 7, which none of its groups has"),
+        (lambda saved: saved["param_groups"][0].update(betas=(2.0, 0.9)), r"betas must be in \[0, 1\), got 2.0"),
+    ]:
+        saved = copy.deepcopy(optimizer.state_dict())
+        change(saved)
+        with pytest.raises(UsageError, match=text):
+            optimizer.load_state_dict(saved)
     with pytest.raises(UsageError, match="no 'param_groups'"):
         optimizer.load_state_dict({"state": {}})
     with pytest.raises(ValueError, match="different number of parameter groups"):
@@ -334,3 +360,90 @@ def test_groups_and_parameters_choose_their_own_format():
     assert optimizer.state[big]["exp_avg"].dtype == torch.uint8
     assert optimizer.state[kept]["exp_avg"].dtype == torch.float32
     assert optimizer.state[small]["exp_avg"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("made", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("used", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_a_model_that_is_cast_goes_on_with_its_state(made, used):
+    model = nn.Linear(3, 2).to(made)
+    optimizer = AdamW(model.parameters())
+    for dtype in (made, used):
+        model.to(dtype)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    other = AdamW(model.parameters())
+    other.load_state_dict(optimizer.state_dict())
+    other.step()
+    # Of gradients of 1: (1 - beta^t) whatever the dtype.
+    kept = other.state[model.weight]["exp_avg"]
+    assert kept.dtype == torch.promote_types(used, torch.float32)
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 - 0.9**3))
+
+
+@pytest.mark.parametrize("before", ["fp32", "bf16", "8bit", "8bit-2048"])
+@pytest.mark.parametrize("after", ["fp32", "bf16", "8bit", "8bit-2048"])
+def test_state_follows_a_change_of_its_format(before, after):
+    p, q = nn.Parameter(torch.ones(80, 80)), nn.Parameter(torch.ones(80, 80))
+    optimizer, fresh = AdamW([p], state=before), AdamW([q], state=after)
+    p.grad = q.grad = torch.ones(80, 80)
+    optimizer.step()
+    fresh.step()
+    optimizer.param_groups[0]["state"] = after
+    optimizer.step()
+    fresh.step()
+    layouts = [
+        {n: (v.shape, v.dtype) for n, v in one.items() if n != "step"} for one in (optimizer.state[p], fresh.state[q])
+    ]
+    assert layouts[0] == layouts[1]
+    torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize(("own", "of_group"), [("8bit", "fp32"), ("fp32", "8bit")])
+def test_a_copy_whose_parameters_lost_their_attribute_goes_on(own, of_group):
+    model = nn.Linear(80, 80)
+    model.weight.optim_state = own  # copies of parameters have no attributes
+    optimizer = AdamW(model.parameters(), state=of_group)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    other, twin = copy.deepcopy((model, optimizer))
+    optimizer.step()
+    for p in other.parameters():
+        p.grad = torch.ones_like(p)
+    twin.step()
+    torch.testing.assert_close(other.weight, model.weight)
+
+
+def test_a_copy_made_after_a_scheduler_steps_its_own_parameters():
+    (p,) = _params((3,))
+    optimizer = AdamW([p])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # it wraps optimizer.step
+    q, twin = copy.deepcopy((p, optimizer))
+    q.grad = torch.ones(3)
+    before = p.detach().clone()
+    twin.step()
+    assert torch.equal(p, before)
+    assert (q != before).all()
+
+
+def test_a_huge_gradient_leaves_the_rest_of_an_8_bit_block_alone():
+    p, q = nn.Parameter(torch.ones(64, 64)), nn.Parameter(torch.ones(64, 64))
+    optimizer, calm = AdamW([p], state="8bit"), AdamW([q], state="8bit")
+    for step in range(4):
+        p.grad, q.grad = torch.ones(64, 64), torch.ones(64, 64)
+        if step == 1:
+            p.grad[0, 0] = 1e25  # its square is infinite in float32
+        optimizer.step()
+        calm.step()
+    assert p.isfinite().all()
+    assert torch.equal(p[4:], q[4:])
+
+
+def test_gradients_that_do_not_fit_are_named():
+    (p,) = _params((4,))
+    p.data = torch.ones(5)
+    with pytest.raises(
+        UsageError, match=r"gradient of parameter 0 of group 0 is \(4,\) torch.float32 on cpu, but must"
+    ):
+        AdamW([p]).step()

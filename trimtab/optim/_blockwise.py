@@ -7,7 +7,8 @@ its own scale, and an entry is the nearest of 256 values q of the dynamic tree c
 
 The code has seven decades, 10^-6 to 1; the decade 10^(i-6) (0.1 to 1) is cut into 2^i equal parts (2^(i+1) without a
 sign), of which q are the middles; 0 and 1 are codes of their own, so zeros and a block's largest positive entry are
-kept exactly. Entries must be finite: a block with one that is not has meaningless codes, and its caller has to look.
+kept exactly. Entries must be finite, else codes are meaningless; but +infinity, as a square that overflowed has it, is
+kept as the largest float32, and the rest of its block as tiny in comparison.
 
 The nearest code is found without a search: the upper 16 bits of x / absmax as a float32 name an interval that holds at
 most one boundary between two codes, so a table gives the lower code and one comparison the rest. Entries exactly

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trimtab.optim._sharding import Shard
-from trimtab.optim._state import format_of
 
 if TYPE_CHECKING:
     from trimtab.optim.chain import Chain
@@ -43,13 +42,12 @@ def group(chain: Chain, shards: Sequence[Shard]) -> list[Bucket]:
     for shard in shards:
         options = chain.param_groups[shard.group]
         p = shard.value
-        form = format_of(shard.parameter, options)
         kinds = tuple(transform.kind(shard.parameter, options) for transform in chain.transforms)
         shape = p.shape if whole else None
         mesh = None if shard.mesh is None else (id(shard.mesh), str(getattr(shard.parameter, "placements", "")))
-        key = (shard.group, p.dtype, p.device, shard.step, form, kinds, shape, mesh)
+        key = (shard.group, p.dtype, p.device, shard.step, shard.form, kinds, shape, mesh)
         if key not in found:
             dtype = torch.promote_types(p.dtype, torch.float32)
-            found[key] = Bucket([], options, shard.step, form, kinds, dtype)
+            found[key] = Bucket([], options, shard.step, shard.form, kinds, dtype)
         found[key].shards.append(shard)
     return list(found.values())

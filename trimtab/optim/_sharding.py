@@ -27,6 +27,7 @@ class Shard:
         grad: the gradient in the same form.
         kept: its state as it is kept.
         step: the step about to be taken, counted from 1.
+        form: how its moments are kept.
     """
 
     def __init__(self, parameter: Tensor, group: int, number: int, place: int, *, whole: bool) -> None:
@@ -44,6 +45,7 @@ class Shard:
             self.value, self.grad = source.detach().full_tensor(), grad.detach().full_tensor()
         self.kept: dict[str, Tensor] = {}
         self.step = 0
+        self.form = ""
 
     def finish(self) -> None:
         """Write a gathered copy's new values back to this rank's shard."""

@@ -27,7 +27,9 @@ def format_of(p: Tensor, group: Mapping[str, Any]) -> str:
     Raises:
         UsageError: if there is no such format.
     """
-    wanted = choose("state format", getattr(p, "optim_state", group["state"]), FORMATS)
+    wanted: str = getattr(p, "optim_state", group["state"])
+    if wanted not in FORMATS:
+        choose("state format", wanted, FORMATS)
     if wanted.startswith("8bit") and (p.numel() < SMALLEST_IN_8_BITS or group.get("role") == "embedding"):
         return "fp32"
     return wanted

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Chain(torch.optim.Optimizer):
             256 entries) or "8bit-2048"; tensors below 4,096 entries stay in fp32 where 8 bits are asked. Option of
             groups too; a parameter's attribute `optim_state` comes first.
         foreach: whether parameters are updated together; False runs them one by one.
-        compile: whether torch.compile fuses the step (needs a C++ compiler; the first step takes its time).
+        compile: whether torch.compile fuses the step (needs a C++ compiler). The first step takes its time, and so does
+            the first with each other set of parameters that have gradients.
         nonfinite: what a NaN or infinity in a gradient does, before anything is changed: "raise" a `RunFailedError`,
             "skip" the step for all parameters (counted in `skipped_steps`), or "allow" as torch's optimizers do, which
             saves reading the gradients once.
@@ -127,7 +129,8 @@ class Chain(torch.optim.Optimizer):
 
     def _check(self, group: Mapping[str, Any]) -> None:
         lr = group["lr"]
-        check_range("lr", to_scalar(lr) if isinstance(lr, Tensor) and lr.numel() == 1 else lr, 0)
+        one = (isinstance(lr, Real) and not isinstance(lr, bool)) or (isinstance(lr, Tensor) and lr.numel() == 1)
+        check_range("lr", to_scalar(lr) if one else lr, 0)
         check_flag("maximize", group["maximize"])
         check_range("weight_decay", group["weight_decay"], 0)
         choose("state format", group["state"], FORMATS)
@@ -148,6 +151,10 @@ class Chain(torch.optim.Optimizer):
             UsageError: if a gradient is sparse, or of another shape, dtype or device than its parameter.
             RunFailedError: if a gradient is not finite and the policy is "raise"; nothing is changed then.
         """
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """Take one step; what a subclass extends, since torch runs the hooks of every class that defines `step`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -211,7 +218,8 @@ class Chain(torch.optim.Optimizer):
     def _prepare(self, shard: Shard) -> None:
         p, value, group = shard.parameter, shard.value, self.param_groups[shard.group]
         state = self.state[p]
-        layout = (value.dtype, value.device, format_of(p, group))
+        shard.form = format_of(p, group)
+        layout = (value.dtype, value.device, shard.form)
         if "step" not in state:
             state["step"] = 0
             state.update(shard.wrap(self.fresh(p, value, group)))
@@ -226,7 +234,7 @@ class Chain(torch.optim.Optimizer):
         like = self.fresh(shard.parameter, torch.empty_like(shard.value, device="meta"), group)
         moments = {name: signed for transform in self.transforms for name, signed in transform.moments.items()}
         old = shard.unwrap(state)
-        new = converted(old, moments, like, format_of(shard.parameter, group), shard.value)
+        new = converted(old, moments, like, shard.form, shard.value)
         if new is not old:
             for name in old:
                 del state[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -147,7 +148,7 @@ def check_whole(name: str, value: Any, low: int | None = None) -> None:
         Traceback (most recent call last):
         trimtab.errors.UsageError: interval must be a whole number, at least 0, got 2.5.
     """
-    if not isinstance(value, int) or isinstance(value, bool) or (low is not None and value < low):
+    if not isinstance(value, Integral) or isinstance(value, bool) or (low is not None and value < low):
         raise UsageError(f"{name} must be a whole number{'' if low is None else f', at least {low}'}, got {value!r}.")
 
 

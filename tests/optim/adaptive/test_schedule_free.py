@@ -169,5 +169,5 @@ def test_wrong_values_are_refused():
     p = nn.Parameter(torch.ones(2))
     with pytest.raises(UsageError, match=r"momentum must be in \(0, 1\), got 0"):
         ScheduleFreeSGD([p], momentum=0)
-    with pytest.raises(UsageError, match=r"warmup_steps must be in \[0, inf\), got -1"):
+    with pytest.raises(UsageError, match=r"warmup_steps must be a whole number, at least 0, got -1"):
         Chain([p], [schedule_free(warmup_steps=-1)])

@@ -28,6 +28,17 @@ class TestSPAM(OptimizerTestCase):
         )
 
 
+def test_a_reset_forgets_squares_that_overflowed():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = SPAM([p], interval=4)
+    for step in range(6):
+        p.grad = torch.ones(4)
+        p.grad[0] = 1e25 if step == 1 else 1.0
+        optimizer.step()
+    assert p.isfinite().all()
+    assert torch.equal(optimizer.state[p]["exp_avg_sq"], optimizer.state[p]["exp_avg_sq"][1].expand(4))
+
+
 class TestSparseSPAM(OptimizerTestCase):
     elementwise = False
 
@@ -186,8 +197,8 @@ def test_spike_clip_before_adam_is_spam_without_resets(streams):
     [
         ({"density": 0.0}, "density must be in"),
         ({"density": 1.5}, "density must be in"),
-        ({"clip_after": 1}, "clip_after must be in"),
-        ({"interval": -1}, "interval must be in"),
+        ({"clip_after": 1}, "clip_after must be a whole number"),
+        ({"interval": -1}, "interval must be a whole number"),
         ({"follow": "paper2"}, "unknown source"),
     ],
 )

@@ -135,10 +135,21 @@ def test_the_path_does_not_depend_on_the_gradients_unit(streams, size):
     [
         ({"gammas": (0.7, 0.9)}, "gammas must be 3 numbers"),
         ({"gammas": (0.7, 0.9, 1.0)}, "gammas must be in"),
-        ({"interval": -1}, "interval must be in"),
+        ({"interval": -1}, "interval must be a whole number"),
         ({"follow": "both"}, "unknown source"),
     ],
 )
 def test_refuses(options, text):
     with pytest.raises(UsageError, match=text):
         StableSPAM([nn.Parameter(torch.ones(1))], lr=0.1, **options)
+
+
+def test_a_norm_whose_square_overflows_stays_out_of_the_weights():
+    p = nn.Parameter(torch.ones(4))
+    optimizer = StableSPAM([p], lr=0.01)
+    for step in range(4):
+        p.grad = torch.ones(4)
+        p.grad[0] = 1e25 if step == 1 else 1.0
+        optimizer.step()
+    assert (p - 1).abs().max() < 0.1
+    assert all(value.isfinite().all() for value in (p, optimizer.state[p]["norm"], optimizer.state[p]["norm_sq"]))

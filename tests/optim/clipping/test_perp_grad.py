@@ -104,3 +104,8 @@ def test_weights_of_zero_move_along_the_gradient():
     p.grad = torch.tensor([1.0, -2.0, 3.0])
     Chain([p], [perp_grad()], lr=1.0).step()
     torch.testing.assert_close(p.detach(), -p.grad)
+
+
+def test_it_has_no_options():
+    with pytest.raises(TypeError, match="bogus"):
+        perp_grad(bogus=1)

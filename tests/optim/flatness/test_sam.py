@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -206,3 +208,22 @@ def test_groups_of_their_own_radius():
     assert torch.equal(second, torch.ones(2))
     with pytest.raises(UsageError, match=r"rho must be in \[0, inf\), got -1"):
         ASAM(AdamW([first]), rho=-1)
+
+
+def test_a_copy_made_after_a_scheduler_steps_its_own_parameters():
+    p = nn.Parameter(torch.ones(3))
+    optimizer = SAM(torch.optim.SGD([p], lr=0.1))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)  # it wraps optimizer.step
+    q, twin = copy.deepcopy((p, optimizer))
+
+    def closure():
+        q.grad = torch.ones(3)
+
+    twin.step(closure)
+    assert torch.equal(p, torch.ones(3))
+    assert (q != 1).all()
+
+
+def test_adaptive_is_a_flag():
+    with pytest.raises(UsageError, match="adaptive must be True or False, got 'no'"):
+        SAM(torch.optim.SGD([nn.Parameter(torch.ones(3))], lr=0.1), adaptive="no")

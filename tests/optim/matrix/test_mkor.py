@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from trimtab.errors import UsageError
-from trimtab.optim import MKOR, rank_one_inverse
+from trimtab.optim import MKOR, Chain, rank_one_inverse
 from trimtab.testing import OptimizerTestCase
 from trimtab.testing.ranks import run_ranks
 
@@ -294,3 +294,14 @@ def test_wrong_options_are_refused(options, message):
     model = _net()
     with pytest.raises(UsageError, match=message):
         MKOR(model.parameters(), model=model, **options)
+
+
+def test_step_hooks_run_once_whatever_was_built_before():
+    model = nn.Linear(3, 2)
+    Chain([nn.Parameter(torch.ones(2))], [], lr=0.1)  # torch puts hooks around the step of each class it meets
+    optimizer = MKOR(model.parameters(), model=model)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    assert calls == [1]

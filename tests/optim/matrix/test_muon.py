@@ -194,3 +194,14 @@ def test_a_batch_of_small_matrices_is_each_of_them():
 def test_wrong_options_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         Muon([nn.Parameter(torch.zeros(2, 2))], **options)
+
+
+def test_autocast_changes_nothing():
+    results = []
+    for enabled in (False, True):
+        p = nn.Parameter(torch.eye(4, 6))
+        p.grad = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            Muon([p], lr=0.1).step()
+        results.append(p.detach())
+    assert torch.equal(*results)

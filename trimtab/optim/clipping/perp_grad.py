@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.optim.adaptive.adamw import adam
 from trimtab.optim.adaptive.sgd import momentum as heavy_ball
 from trimtab.optim.chain import Chain
@@ -166,5 +166,21 @@ CARD = Card(
         "A gradient along the weights up to 4 units of rounding gives no update, where the authors' code rescales the "
         "rounding error to the gradient's length.",
         "The authors' constant eps = 1e-30 is fixed here.",
+    ),
+    experiments=(
+        Experiment(
+            "modadd-nodecay",
+            "adamw,lr=0.3",
+            "perp-grad,lr=0.01",
+            metric="accuracy",
+            higher_is_better=True,
+            mechanism="zero_loss_fraction",
+            outcome=(
+                "better: held-out accuracy 0.0115 to 1.0000, difference +0.9885 (95 % interval +0.9885 to "
+                "+0.9885), n=5; 0.95 is reached by 5 of 5 runs at steps 175 to 225, by 0 of AdamW's; learning "
+                "rates tuned on both sides; AdamW fits the training part and stays at chance (0.012 at most) on "
+                "the rest at every rate from 0.001 to 1"
+            ),
+        ),
     ),
 )

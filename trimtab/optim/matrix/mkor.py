@@ -30,7 +30,7 @@ from trimtab.optim.adaptive.adamw import adam
 from trimtab.optim.adaptive.sgd import momentum as running_sum
 from trimtab.optim.chain import Chain
 from trimtab.optim.matrix._layer_sums import LayerSums
-from trimtab.optim.transform import Transform, check_range
+from trimtab.optim.transform import Transform, check_flag, check_range
 from trimtab.scalars import to_scalar
 
 __all__ = ["MKOR", "rank_one_inverse"]
@@ -108,7 +108,8 @@ class MKOR(Chain):
     It watches the linear layers of `model` with forward hooks of its own, which change nothing, from its construction
     to `remove_hooks()`. Gradients may be accumulated over several backward passes; over ranks, means are averaged. A
     layer counts if it was used since the last step and its weight (and bias) are among `params`; all other parameters
-    take the back end's step with their gradient.
+    take the back end's step with their gradient. Gradients of the outputs are seen as the backward pass has them: a
+    loss scaled by a `GradScaler` scales the factors too.
 
     The defaults are the authors', for large models. On a small one factors were near the identity with them; updated at
     each step, and with a threshold of 50, they took it to its target in about half of SGD's steps.
@@ -178,6 +179,7 @@ class MKOR(Chain):
         self.hybrid, self.patience, self.switch_ratio = hybrid, patience, switch_ratio
         if not isinstance(patience, int) or patience < 2:
             raise UsageError(f"patience must be a whole number from 2, got {patience!r}.")
+        check_flag("hybrid", hybrid)
         check_range("switch_ratio", switch_ratio, 0, 1, open_low=True)
         self._watched: list[tuple[nn.Linear, LayerSums]] = []
         self._current: dict[int, Shard] = {}
@@ -233,17 +235,10 @@ class MKOR(Chain):
         sides = {"left_inverse": value.shape[0], "right_inverse": value.shape[1] + (module.bias is not None)}
         return kept | {name: torch.eye(side, dtype=dtype, device=value.device) for name, side in sides.items()}
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
-
-        Args:
-            closure: computes the loss and its gradients; MKOR-H observes the loss.
-
-        Returns:
-            What the closure returns, or None.
-        """
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        """Take one step; MKOR-H observes the closure's loss."""
         try:
-            loss = super().step(closure)
+            loss = super()._step(closure)
         finally:  # a refused gradient must not reach the factors later
             self._current = {}
             for _, layer in self._watched:

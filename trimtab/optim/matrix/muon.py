@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError, choose
 from trimtab.optim._ops import ema_
 from trimtab.optim.adaptive.adamw import adam
@@ -247,5 +247,16 @@ CARD = Card(
         "treats three as a batch of matrices.",
         "Decoupled weight decay and the scale 'match_rms_adamw' are from 'Muon is Scalable for LLM Training' "
         "(arXiv:2502.16982); the scale 'spectral' is Bernstein's (arXiv:2409.20325).",
+    ),
+    experiments=(
+        Experiment(
+            "lm-small",
+            "adamw,lr=0.003,outliers=0.001,spike_scale=100,steps=300,batch_size=8",
+            "muon,lr=0.03,scale=match_rms_adamw,other_lr=1,outliers=0.001,spike_scale=100,steps=300,batch_size=8",
+            outcome=(
+                "better: final loss 2.495 to 2.377, difference -0.118 (95 % interval -0.128 to -0.108), n=5; "
+                "learning rates tuned on both sides"
+            ),
+        ),
     ),
 )

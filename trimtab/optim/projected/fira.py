@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import choose
 from trimtab.optim.chain import Chain
 from trimtab.optim.projected._authors import early_eps_adam, late_decay
@@ -223,5 +223,18 @@ CARD = Card(
         "A step after one without any rest is not limited; by the algorithm's eps the rest would start again from "
         "1e-8 and could grow by 1 % a step only. follow='code' does that.",
         "Matrices whose smaller side is at most the rank have plain Adam, without the scale.",
+    ),
+    experiments=(
+        Experiment(
+            "lm-small",
+            "adamw,lr=0.003,steps=300,batch_size=8",
+            "fira,lr=0.1,rank=16,update_gap=50,steps=300,batch_size=8",
+            mechanism="state_bytes_per_parameter",
+            outcome=(
+                "better: final loss 2.482 to 2.408, difference -0.074 (95 % interval -0.102 to -0.047), n=5; "
+                "state 8.00 to 2.90 bytes a parameter; learning rates tuned on both sides; its scale of 0.25 "
+                "gives embeddings and vectors four times the matrices' rate, which may be what helps"
+            ),
+        ),
     ),
 )

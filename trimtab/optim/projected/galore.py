@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError, choose
 from trimtab.optim.adaptive.adamw import adam
 from trimtab.optim.chain import Chain
@@ -286,5 +286,18 @@ CARD = Card(
         "Matrices whose smaller side is at most the rank have plain Adam, without the scale; the authors' code rotates "
         "and scales them.",
         "Adam's state is kept in fewer bits if asked, the bases are not; the authors keep bases in the model's dtype.",
+    ),
+    experiments=(
+        Experiment(
+            "lm-small",
+            "adamw,lr=0.003,steps=300,batch_size=8",
+            "galore,lr=0.03,rank=16,update_gap=50,steps=300,batch_size=8",
+            mechanism="state_bytes_per_parameter",
+            outcome=(
+                "better: final loss 2.482 to 2.402, difference -0.080 (95 % interval -0.100 to -0.060), n=5; "
+                "state 8.00 to 2.90 bytes a parameter; learning rates tuned on both sides; its scale of 0.25 "
+                "gives embeddings and vectors four times the matrices' rate, which may be what helps"
+            ),
+        ),
     ),
 )

@@ -1,22 +1,26 @@
 """Cost of one optimizer step, as a ratio to torch's fused AdamW in the same run, one thread, interleaved.
 
-Run: python benchmarks/optim.py [--sizes 10 50] [--only NAME ...] [--repetitions 7]
-Writes benchmarks/results/optim.json. `per_byte` divides the ratio by the bytes that a step must move (state read and
-written, weight read and written, gradient read), relative to AdamW's 28 bytes a parameter. Bounds: compiled AdamW 1.05;
-compiled Lion, RAdam, CAME, SPAM and perpGrad + AdamW 1.15 per byte; 8-bit AdamW 3; the default path no slower per byte
-than torch's foreach AdamW. Peers take part where they are installed. `nonfinite="allow"` is what torch's optimizers do;
-the default check reads the gradients once more, and has rows of its own.
+Run: python benchmarks/optim.py [--sizes 10 50] [--only NAME ...] [--repetitions 7] [--resume]
+Writes benchmarks/results/optim.json after each arm. The first step includes compiling, with an empty cache. `per_byte`
+divides the ratio by the bytes that a step must move (state read and written, weight read and written, gradient read),
+relative to AdamW's 28 bytes a parameter. Bounds: compiled AdamW 1.05; compiled Lion, RAdam, CAME, SPAM and perpGrad +
+AdamW 1.15 per byte; 8-bit AdamW 3; the default path no slower per byte than torch's foreach AdamW. Peers take part
+where they are installed. `nonfinite="allow"` is what torch's optimizers do; the default check reads the gradients once
+more, and has rows of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from _common import interleaved, one_thread, ratio, write
+from _common import RESULTS, interleaved, one_thread, ratio, write
 from torch import nn
 
 from trimtab import optim
@@ -163,28 +167,45 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 50], choices=sorted(WIDTHS))
     parser.add_argument("--only", nargs="+", default=[], help="arms whose name contains one of these")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the result has")
     arguments = parser.parse_args()
     one_thread()
+    path = RESULTS / "optim.json"
     table: dict[str, dict[str, Any]] = {}
-    for size in arguments.sizes:
-        rows = table[f"{size}M"] = {}
-        for name, make in (peers() | ours()).items():
-            wanted = arguments.only or (LARGE if size == max(WIDTHS) else [])
-            if wanted and not any(part in name for part in wanted):
+    if arguments.resume and path.exists():
+        table = json.loads(path.read_text(encoding="utf-8"))["result"]["table"]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        for size, name, make in chosen(arguments.sizes, arguments.only):
+            rows = table.setdefault(f"{size}M", {})
+            if name in rows:
                 continue
             try:
                 rows[name] = measure(name, make, size, arguments.repetitions)
             except Exception as error:  # a peer that fails is a row that says so
                 rows[name] = {"failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
-            row = rows[name]
-            shown = row.get("failed") or (
-                f"{row['ratio']['median']:6.2f} x, per byte {row['per_byte']:5.2f}, "
-                f"{row['state_bytes_per_parameter']:6.2f} B, first {row['first_step_seconds']:5.1f} s"
-            )
-            print(f"{size:3}M {name:40} {shown}", flush=True)
+            show(size, name, rows[name])
             torch.compiler.reset()
-    if not arguments.only:
-        write("optim", {"repetitions": arguments.repetitions, "table": table})
+            if not arguments.only:
+                write("optim", {"repetitions": arguments.repetitions, "table": table})
+
+
+def chosen(sizes: Iterable[int], only: list[str]) -> Iterator[tuple[int, str, Make]]:
+    """Return the arms to measure, by size."""
+    for size in sizes:
+        wanted = only or (LARGE if size == max(WIDTHS) else [])
+        for name, make in (peers() | ours()).items():
+            if not wanted or any(part in name for part in wanted):
+                yield size, name, make
+
+
+def show(size: int, name: str, row: dict[str, Any]) -> None:
+    """Print a row."""
+    shown = row.get("failed") or (
+        f"{row['ratio']['median']:6.2f} x, per byte {row['per_byte']:5.2f}, "
+        f"{row['state_bytes_per_parameter']:6.2f} B, first {row['first_step_seconds']:5.1f} s"
+    )
+    print(f"{size:3}M {name:40} {shown}", flush=True)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ _ROOMS = (
     "report",
     "schedule",
     "testing",
+    "tune",
     "watch",
     "workloads",
 )

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import compare, demo, doctor, listing, report, reproduce, sweep, train
+from trimtab.cli import compare, demo, doctor, listing, lr_range, report, reproduce, sweep, train
 from trimtab.cli.show import Interrupted, one_line
 from trimtab.errors import RunFailedError, TrimtabError
 
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for module in (demo, train, doctor, compare, sweep, report, reproduce, listing):
+for module in (demo, train, doctor, compare, lr_range, sweep, report, reproduce, listing):
     module.register(app)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.optim._ops import ema_
 from trimtab.optim.chain import Chain
 from trimtab.optim.transform import Transform, check_betas
@@ -125,4 +125,16 @@ CARD = Card(
         "reference": ("tests/optim/adaptive/test_lion.py::test_equals_lion_pytorch",),
         "claim": ("tests/claims/test_optimizers_adaptive.py::test_lion_keeps_half_of_adamws_state",),
     },
+    experiments=(
+        Experiment(
+            "lm-small",
+            "adamw,lr=0.003,steps=300,batch_size=8",
+            "lion,lr=0.001,steps=300,batch_size=8",
+            mechanism="state_bytes_per_parameter",
+            outcome=(
+                "worse: final loss 2.482 to 2.720, difference +0.238 (95 % interval +0.108 to +0.368), n=5; state "
+                "8.00 to 4.00 bytes a parameter; learning rates tuned on both sides; weight decay is AdamW's 0.1"
+            ),
+        ),
+    ),
 )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import choose
 from trimtab.optim._ops import addcmul_, ema_
 from trimtab.optim.chain import Chain
@@ -195,5 +195,17 @@ CARD = Card(
         "degenerated_to_sgd=True, and by default leaves the weights alone, decay included.",
         "weight_decay is decoupled, as in the authors' code; torch.optim.RAdam's is in the gradient unless "
         "decoupled_weight_decay=True.",
+    ),
+    experiments=(
+        Experiment(
+            "lm-small",
+            "adamw,lr=0.001,beta2=0.999,warmup=0,steps=300,batch_size=8",
+            "radam,lr=0.01,beta2=0.999,warmup=0,steps=300,batch_size=8",
+            outcome=(
+                "better: final loss 2.580 to 2.538, difference -0.042 (95 % interval -0.072 to -0.011), n=5; "
+                "learning rates tuned on both sides; over five rates from 0.001 to 0.1 the losses of one seed "
+                "spread by 0.36 for AdamW and 0.84 for RAdam; AdamW with warm-up and beta2 0.95 ends at 2.482"
+            ),
+        ),
     ),
 )

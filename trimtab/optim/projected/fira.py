@@ -236,5 +236,15 @@ CARD = Card(
                 "gives embeddings and vectors four times the matrices' rate, which may be what helps"
             ),
         ),
+        Experiment(
+            "lm-small",
+            "galore,lr=0.03,rank=16,update_gap=50,steps=300,batch_size=8",
+            "fira,lr=0.1,rank=16,update_gap=50,steps=300,batch_size=8",
+            mechanism="state_bytes_per_parameter",
+            outcome=(
+                "no evidence: final loss 2.402 to 2.408, difference +0.006 (95 % interval -0.010 to +0.021), n=5; "
+                "state 2.90 to 2.90 bytes a parameter; learning rates tuned on both sides"
+            ),
+        ),
     ),
 )

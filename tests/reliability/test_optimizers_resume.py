@@ -88,7 +88,6 @@ def test_there_are_optimizers():
 def test_goes_on_bit_exactly_in_a_fresh_process(folder, name, dtype):
     here = torch.load(f"{folder}/{name}-{dtype}-here.pt", weights_only=True)
     after = torch.load(f"{folder}/{name}-{dtype}-after.pt", weights_only=True)
-    start = params(dtype)
-    for x, y, p in zip(here, after, start, strict=True):
-        assert torch.equal(x, y)
-        assert not torch.equal(x, p)
+    assert all(torch.equal(x, y) for x, y in zip(here, after, strict=True))
+    # Not each of them: a scalar has no direction orthogonal to itself, and small steps round away in bfloat16.
+    assert any(not torch.equal(x, p) for x, p in zip(here, params(dtype), strict=True))

@@ -94,7 +94,7 @@ def print_comparison(result: Comparison) -> None:
     shared = set.intersection(*(set(arm.mechanism) for arm in result.results))
     mechanisms = [name for name in _HEADS if name in shared][:_MECHANISMS]
     heads = [_HEADS[name] for name in mechanisms]
-    if _STATE in shared and len({arm.mechanism[_STATE] for arm in result.results}) > 1:
+    if _STATE in shared and len({number(arm.mechanism[_STATE], 3) for arm in result.results}) > 1:
         mechanisms.append(_STATE)
         heads.append("optimizer state, bytes a parameter")
     rows = []

@@ -13,7 +13,7 @@ from trimtab.optim._buckets import Bucket
 from trimtab.optim._lists import TensorList
 from trimtab.optim._sharding import sum_over_ranks
 from trimtab.optim._state import block_of, close, opened, scales_of
-from trimtab.optim.transform import Transform
+from trimtab.optim.transform import Transform, moments_of
 
 if TYPE_CHECKING:
     from trimtab.optim.chain import Chain
@@ -76,10 +76,6 @@ def _coefficients(chain: Chain, stage: int, bucket: Bucket) -> dict[str, Any]:
     return chain.transforms[stage].coefficients(bucket.step, bucket.group) | {"kind": bucket.kinds[stage]}
 
 
-def _moments(chain: Chain) -> dict[str, bool]:
-    return {name: signed for transform in chain.transforms for name, signed in transform.moments.items()}
-
-
 def _incoming(u: Any, dtype: torch.dtype, *, first: bool, maximize: bool) -> Any:
     """Return what enters a part: the gradient in the dtype of computation, its sign turned to ascend."""
     if not first:
@@ -90,7 +86,8 @@ def _incoming(u: Any, dtype: torch.dtype, *, first: bool, maximize: bool) -> Any
 
 
 def _refresh(chain: Chain, transform: Transform, bucket: Bucket, us: Sequence[Tensor]) -> None:
-    moments = _moments(chain)
+    # Only this transform's moments: another's, kept in few bits, would lose a little each time it is opened and closed.
+    moments = transform.moments
     first = transform is chain.transforms[0]
     for shard, u in zip(bucket.shards, us, strict=True):
         state = opened(shard.kept, moments, bucket.form, bucket.dtype)
@@ -101,7 +98,7 @@ def _refresh(chain: Chain, transform: Transform, bucket: Bucket, us: Sequence[Te
 
 
 def _total(chain: Chain, stage: int, buckets: Sequence[Bucket], updates: Sequence[Sequence[Tensor]]) -> Tensor:
-    moments = _moments(chain)
+    moments = chain.transforms[stage].moments
     sums: list[Tensor] = []
     for bucket, us in zip(buckets, updates, strict=True):
         h = _coefficients(chain, stage, bucket)
@@ -149,7 +146,8 @@ class Rule:
         self.part = part
         self.first = part[0] == 0
         self.last = part[-1] == len(chain.transforms) - 1
-        self.moments = _moments(chain)
+        # Those of these transforms only: what another part keeps in few bits would lose a little by each opening.
+        self.moments = moments_of(self.transforms)
         self.elementwise = all(transform.elementwise for transform in self.transforms)
         # Not the bucket itself: a compiled rule lives on, and must not hold a step's gradients.
         self.form, self.dtype, self.maximize = bucket.form, bucket.dtype, bool(bucket.group["maximize"])

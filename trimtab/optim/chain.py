@@ -25,7 +25,7 @@ from trimtab.errors import RunFailedError, UsageError, choose
 from trimtab.optim import _buckets, _checkpoint, _execution
 from trimtab.optim._sharding import Shard, any_rank
 from trimtab.optim._state import FORMATS, allocate, converted, format_of
-from trimtab.optim.transform import Descend, Transform, check_flag, check_range, check_whole
+from trimtab.optim.transform import Descend, Transform, check_flag, check_range, check_whole, moments_of
 from trimtab.scalars import to_scalar
 
 __all__ = ["Chain"]
@@ -232,9 +232,8 @@ class Chain(torch.optim.Optimizer):
     def _convert(self, shard: Shard, state: dict[str, Any], group: Mapping[str, Any]) -> None:
         """Bring a state made for another dtype, device or format into the one that this step needs."""
         like = self.fresh(shard.parameter, torch.empty_like(shard.value, device="meta"), group)
-        moments = {name: signed for transform in self.transforms for name, signed in transform.moments.items()}
         old = shard.unwrap(state)
-        new = converted(old, moments, like, shard.form, shard.value)
+        new = converted(old, moments_of(self.transforms), like, shard.form, shard.value)
         if new is not old:
             for name in old:
                 del state[name]

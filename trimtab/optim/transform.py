@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -106,6 +106,11 @@ class Transform:
     def update(self, u: Any, p: Any, state: Any, h: Any) -> Any:
         """Return the new update from the incoming one."""
         raise NotImplementedError
+
+
+def moments_of(transforms: Iterable[Transform]) -> dict[str, bool]:
+    """Return the moments of several transforms, each with whether it has a sign."""
+    return {name: signed for transform in transforms for name, signed in transform.moments.items()}
 
 
 def check_range(

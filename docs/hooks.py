@@ -28,6 +28,7 @@ from trimtab.names import FINDINGS
 from trimtab.watch.probes import default_probes
 from trimtab.workloads import workloads
 from trimtab.workloads.optimizers import arm_name, runnable
+from trimtab.workloads.schedules import schedule_names
 
 ROOT = Path(__file__).parents[1]
 FROM_ROOT = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md", "results.md": "RESULTS.md"}
@@ -38,6 +39,8 @@ ACTION = {
     "loss": "from {module} import {object}",
     "settings": "trimtab train lm-small --with {name}",
     "optimizer": "from {module} import {object}",
+    "batches": "trimtab train lm-small --with {name}",
+    "run": "from {module} import {object}",
 }
 
 
@@ -108,7 +111,10 @@ def finding_link(name: str, up: str = "") -> str:
 def method_page(card: Card) -> str:
     """Return the page of one method, from its Card."""
     module, _, public = card.entry.partition(":")
-    use = ACTION[card.acts_on].format(name=card.name, module=module, object=public)
+    action = ACTION[card.acts_on]
+    if card.acts_on == "settings" and card.apply is None:
+        action = "trimtab train lm-small --schedule {name}" if card.name in schedule_names() else ACTION["run"]
+    use = action.format(name=card.name, module=module, object=public)
     language = "sh" if use.startswith("trimtab ") else "python"
     run = f"In a run:\n\n```sh\ntrimtab train lm-small --optimizer {arm_name(card)}\n```" if runnable(card) else ""
     parts = [

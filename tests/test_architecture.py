@@ -27,7 +27,7 @@ PACKAGE = ROOT / "trimtab"
 LONGEST = {"trimtab": 400, "tests": 450, "benchmarks": 400, "docs": 400}
 
 BASE = frozenset({"errors", "names", "scalars", "card", "catalogue", "remedy"})
-REMEDIES = frozenset(ROOMS)
+REMEDIES = frozenset(ROOMS) - {"tune"}
 SEE = BASE | {"record", "watch", "diagnose"}
 PROVE = frozenset({"workloads", "compare", "tune"})
 SHOW = frozenset({"report", "integrations"})

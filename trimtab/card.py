@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from trimtab.names import FINDING_NAMES, ROOMS
 
-ActsOn = Literal["model", "loss", "optimizer", "settings"]
+ActsOn = Literal["model", "loss", "optimizer", "settings", "batches", "run"]
 Level = Literal["equation", "reference", "claim"]
 
-_ACTS_ON = ("model", "loss", "optimizer", "settings")
+_ACTS_ON = get_args(ActsOn)
 _LEVELS = ("equation", "reference", "claim")
 
 
@@ -81,7 +81,8 @@ class Card:
         paper: where it comes from.
         equation: the method in one or two lines of plain text mathematics.
         claim: what the paper says it achieves.
-        acts_on: what `apply` changes: a model in place, a loss function, an optimizer or an arm's settings.
+        acts_on: what `apply` changes: a model in place, a loss function, an optimizer, an arm's settings or the
+            batches; a method that acts on a run goes around it and is called by its own name.
         entry: import path of the public object, `"trimtab.layers.qk_norm:QKNorm"`.
         treats: findings it remedies, each with its place in the order of remedies (1 is tried first).
         defaults: default values with their source.
@@ -90,7 +91,8 @@ class Card:
         experiments: its claims as paired comparisons.
         apply: for `"model"`: changes the model in place and returns what it changed, `{module: what}`; for `"loss"`:
             takes a loss function of (logits, targets) and returns one; for `"settings"`: takes a mapping of settings
-            and returns the changed ones.
+            and returns the changed ones; for `"batches"`: takes a function of the step that returns (inputs, targets),
+            with `model` and `steps` by name, and returns one.
         remove: the inverse of `apply` for models, where that is meaningful.
 
     Raises:

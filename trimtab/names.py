@@ -12,8 +12,9 @@ ROOMS: tuple[str, ...] = (
     "precision",
     "distributed",
     "adapt",
+    "tune",
 )
-"""Packages under `trimtab` whose modules hold one method each, with its Card."""
+"""Packages under `trimtab` whose modules hold one method each, with its Card; those of `tune` go around whole runs."""
 
 FINDINGS: dict[str, tuple[str, ...]] = {
     "fit and data": (

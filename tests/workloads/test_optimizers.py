@@ -248,7 +248,7 @@ def test_options_survive_every_round_trip_and_tell_arms_apart() -> None:
 
 
 def test_plain_settings_do_not_mention_what_came_later() -> None:
-    later = {"options", "spikes", "spike_scale", "outliers"}
+    later = {"options", "spikes", "spike_scale", "outliers", "schedule_options", "width", "depth"}
     assert set(DEFAULTS.model_dump(mode="json")) == set(Settings.model_fields) - later
     assert DEFAULTS.replace(spikes=0.1).model_dump()["spikes"] == 0.1
 

@@ -55,7 +55,7 @@ def test_remedies_add_to_those_of_the_defaults() -> None:
         ("remedies=qk-norm", "unknown setting 'remedies'"),
         ("optimizer=adam", "unknown optimizer 'adam'. Did you mean"),
         ("nonsense", "unknown optimizer 'nonsense'"),
-        ("schedule=step", "schedule should be 'cosine' or 'constant'"),
+        ("schedule=step", "unknown schedule 'step'"),
         ("with=qk-nrm", "Did you mean 'qk-norm'?"),
         ("with=qk-norm,with=qk-norm", "qk-norm is given twice"),
         ("momentum=0.5", "momentum has no effect with adamw"),

@@ -9,6 +9,7 @@ from trimtab.errors import UsageError
 from trimtab.remedy import apply
 from trimtab.workloads import Settings, Workload, parse_arm
 from trimtab.workloads.optimizers import make_optimizer
+from trimtab.workloads.session import base_for
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,11 @@ class Arm:
         """
         settings = self.settings
         workload.batch(settings.seed, 0, settings.batch_size)
-        model = workload.model(settings.seed)
+        model = workload.model(settings.seed, width=settings.width, depth=settings.depth)
         for name in settings.remedies:
             card = method(name)
             if card.acts_on == "model":
-                apply(model, name)
+                apply(model, name, **base_for(card, workload, settings))
             elif card.acts_on == "settings" and card.apply is not None:
                 settings = Settings(**dict(card.apply(settings.model_dump())))
         make_optimizer(model, settings)

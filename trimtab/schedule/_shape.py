@@ -107,4 +107,22 @@ def decay_form(form: Any, floor: Any) -> tuple[str, float]:
     return form, fraction("floor", floor)
 
 
+def decayed(form: str, total: int, warmup: int, floor: float) -> Shape:
+    """Return linear warm-up and a decay of that form from its end to the last step.
+
+    Raises:
+        UsageError: if the parts do not fit, or the floor is not in [0, 1].
+    """
+    whole("total", total, 1)
+    spans(total - 1, warmup=warmup)
+    _, floor = decay_form(form, floor)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return rising(step, warmup)
+        return falling(form, min(1.0, (step - warmup) / (total - warmup)), floor)
+
+    return Shape(form, factor, total, (("total", total), ("warmup", warmup), ("floor", floor)))
+
+
 DECAYS = ("linear", "1-sqrt", "cosine", "exponential")

@@ -1,6 +1,7 @@
-"""Tune hyper-parameters: find a learning rate, before anything is trained in earnest."""
+"""Tune hyper-parameters: find a learning rate, search a space, carry over what a small model found."""
 
-from trimtab.tune.lr_range import LRRange, lr_range_test
-from trimtab.tune.workload_range import workload_lr_range
+from __future__ import annotations
 
-__all__ = ["LRRange", "lr_range_test", "workload_lr_range"]
+from trimtab.catalogue import public_names
+
+__getattr__, __dir__ = public_names(__name__)

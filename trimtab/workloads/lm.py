@@ -58,7 +58,7 @@ class _LanguageModelling(Workload):
     """Predict the next byte of a text cut into windows; nine tenths to train on, the last tenth to test on."""
 
     evaluations = 5
-    width: ClassVar[int]
+    depth = 4
     context: ClassVar[int]
 
     def prepare(self, text: str | Path | None = None) -> Data:
@@ -79,9 +79,9 @@ class _LanguageModelling(Workload):
         content = b"".join(path.read_bytes() for path in sorted(root.glob("*.py")))[:_STDLIB_BYTES]
         return _windows(content, self.context, "sources of the Python standard library")
 
-    def build(self) -> nn.Module:
+    def build(self, width: int, depth: int) -> nn.Module:
         """Build the transformer."""
-        return LanguageModel(self.width, self.context)
+        return LanguageModel(width, self.context, depth)
 
     def batch(self, seed: int, step: int, batch_size: int = 0) -> tuple[Tensor, Tensor]:
         """Return tokens and next tokens of a step, int64 [B, L]."""

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.errors import UsageError
 from trimtab.workloads.classification import Classification, split
 from trimtab.workloads.settings import Settings
 from trimtab.workloads.workload import Data
@@ -23,10 +24,15 @@ class ModularAdder(nn.Module):
     Args:
         width: of the hidden layer; each embedding has half of it.
         prime: p.
+
+    Raises:
+        UsageError: if the width is odd.
     """
 
     def __init__(self, width: int = 192, prime: int = _PRIME) -> None:
         super().__init__()
+        if width % 2:
+            raise UsageError(f"the width of modular addition must be even, half for each number, got {width}.")
         self.embedding = nn.Embedding(prime, width // 2)
         self.hidden = nn.Linear(width, width)
         self.head = nn.Linear(width, prime, bias=False)
@@ -42,6 +48,7 @@ class ModAdd(Classification):
     name = "modadd"
     summary = "modular addition (p = 97, 40 % of the pairs), full batch, weight decay 1: groks near step 575"
     evaluations = 40
+    width = 192
     defaults = Settings(
         lr=0.01, beta2=0.95, weight_decay=1.0, warmup=0.0, schedule="constant", steps=1000, batch_size=0
     )
@@ -59,9 +66,9 @@ class ModAdd(Classification):
         pairs = torch.cartesian_prod(numbers, numbers)
         return split(pairs, pairs.sum(1) % _PRIME, _TRAIN_SHARE, "all sums modulo 97")
 
-    def build(self) -> nn.Module:
+    def build(self, width: int, depth: int) -> nn.Module:
         """Build the network with torch's own initialisation."""
-        return ModularAdder()
+        return ModularAdder(width)
 
 
 class ModAddNoDecay(ModAdd):

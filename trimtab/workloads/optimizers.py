@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-import re
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,11 +14,10 @@ from torch import nn
 from trimtab.card import Card
 from trimtab.catalogue import methods
 from trimtab.errors import UsageError, choose
+from trimtab.workloads.options import Scalar, checked, kinds
 
 if TYPE_CHECKING:
     from trimtab.workloads.settings import Settings
-
-Scalar: TypeAlias = bool | int | float | str | None
 
 BASELINES: Mapping[str, tuple[str, ...]] = {"adamw": ("beta1", "beta2"), "sgd": ("momentum",)}
 """torch's own, and which of a run's moments they take."""
@@ -111,31 +109,11 @@ def checked_options(name: object, options: Any) -> tuple[tuple[str, Scalar], ...
     """
     kind = optimizer_class(name)
     known = {} if kind is None else _options(kind)
-    found: dict[str, Scalar] = {}
-    for key, value in pairs(options):
-        if not known:
-            raise UsageError(f"{name} has no options, got {key!r}.")
-        found[choose(f"option of {name}", key, known)] = _read(f"{key} of {name}", value, known[key])
+    found = checked(str(name), options, known)
     for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in found:
+        if parameter.default is parameter.empty and key not in dict(found):
             raise UsageError(f"{name} needs {key}: write it into the arm, as in '{name},{key}=VALUE'.")
-    return tuple(sorted(found.items()))
-
-
-def pairs(options: Any) -> list[tuple[str, Any]]:
-    """Return options as pairs of name and value.
-
-    Raises:
-        UsageError: if they are neither a mapping nor pairs, or a name is given twice.
-    """
-    items = options.items() if isinstance(options, Mapping) else options
-    listed = list(items) if isinstance(items, Iterable) and not isinstance(items, str) else [None]
-    found = [tuple(item) for item in listed if isinstance(item, (tuple, list)) and len(item) == 2]
-    if len(found) != len(listed) or not all(isinstance(key, str) for key, _ in found):
-        raise UsageError(f"options should be a mapping of names to values, got {str(options)[:80]!r}.")
-    if len({key for key, _ in found}) != len(found):
-        raise UsageError(f"an option is given twice in {str(options)[:80]!r}: once is enough.")
-    return [(str(key), value) for key, value in found]
+    return found
 
 
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
@@ -217,7 +195,7 @@ def _obstacle(entry: Any) -> str:
     if closure is not None and closure.default is closure.empty:
         return "needs a closure at each step"
     for name, parameter in _accepted(entry).items():
-        if parameter.default is parameter.empty and name not in _FROM_RUN and not _kinds(parameter):
+        if parameter.default is parameter.empty and name not in _FROM_RUN and not kinds(parameter):
             return f"needs {name!r}, which an arm cannot write"
     return ""
 
@@ -257,48 +235,9 @@ def _moments(accepted: Mapping[str, inspect.Parameter]) -> dict[str, float]:
 def _options(kind: type) -> dict[str, inspect.Parameter]:
     accepted = _accepted(kind)
     taken = {*_FROM_RUN, *_moments(accepted)}
-    found = {name: part for name, part in accepted.items() if name not in taken and _kinds(part)}
+    found = {name: part for name, part in accepted.items() if name not in taken and kinds(part)}
     for place, value in enumerate(_betas(accepted), start=1):
         name = f"beta{place}"
         if name not in taken:
             found[name] = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation="float")
     return found
-
-
-def _kinds(parameter: inspect.Parameter) -> tuple[str, ...]:
-    """Return the plain types that a parameter takes, by its annotation or its default; none for anything else."""
-    text = parameter.annotation if isinstance(parameter.annotation, str) else ""
-    text = re.sub(r"Literal\[[^\]]*\]", "str", text)
-    while text != (text := re.sub(r"[\w.]+\[[^\[\]]*\]", "", text)):
-        pass
-    found = set(re.findall(r"\b(bool|int|float|str|None)\b", text))
-    if not found - {"None"} and isinstance(parameter.default, (bool, int, float, str)):
-        found.add(type(parameter.default).__name__)
-    return tuple(kind for kind in ("None", "bool", "int", "float", "str") if kind in found) if found - {"None"} else ()
-
-
-def _read(what: str, value: Any, parameter: inspect.Parameter) -> Scalar:
-    kinds = _kinds(parameter)
-    for kind in kinds:
-        try:
-            return _as(kind, value)
-        except (ValueError, OverflowError):
-            continue
-    shown = " or ".join(kinds).replace("bool", "true or false")
-    raise UsageError(f"{what} should be {shown}, got {str(value)[:80]!r}.")
-
-
-def _as(kind: str, value: Any) -> Scalar:
-    """Return a value, or what a text says, as one of the plain types."""
-    text = value.strip().lower() if isinstance(value, str) else None
-    if kind == "None" and (value is None or text == "none"):
-        return None
-    if kind == "bool" and (isinstance(value, bool) or text in ("true", "false")):
-        return value if text is None else text == "true"
-    if kind == "int" and (text is not None or type(value) is int):
-        return int(value)
-    if kind == "float" and (text is not None or type(value) in (int, float)) and math.isfinite(number := float(value)):
-        return number
-    if kind == "str" and isinstance(value, str):
-        return value.strip()
-    raise ValueError(kind)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trimtab.card import Card
 from trimtab.catalogue import method
 from trimtab.errors import RecordError, RunFailedError, UsageError
 from trimtab.record import Recorder, save_checkpoint
@@ -34,6 +35,17 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int, float], None]
 """Called after each step with the steps done, the steps in all and the loss."""
 
+Batches = Callable[[int], tuple[Tensor, Tensor]]
+"""Inputs and targets of a step."""
+
+
+def base_for(card: Card, workload: Workload, settings: Settings) -> dict[str, nn.Module]:
+    """Return what a method needs besides the model: one of the workload's own width, without data, where it asks."""
+    if card.apply is None or "base" not in inspect.signature(card.apply).parameters:
+        return {}
+    with torch.device("meta"):
+        return {"base": workload.model(settings.seed, depth=settings.depth)}
+
 
 @dataclass
 class Standing:
@@ -52,12 +64,15 @@ class Session:
         self.asked = asked
         self.identity = identity
         self.settings = asked
-        self.model = workload.model(asked.seed)
+        self.model = workload.model(asked.seed, width=asked.width, depth=asked.depth)
         self.loss: Callable[[Tensor, Tensor], Tensor] = workload.loss
+        self.batches: Batches = self._batch
         self.applied: list[tuple[str, dict[str, str]]] = []
         for name in asked.remedies:
             self._apply(name)
         self.optimizer = make_optimizer(self.model, self.settings)
+        self.shares = [group.get("lr", self.settings.lr) / self.settings.lr for group in self.optimizer.param_groups]
+        """Each group's learning rate as a share of the run's."""
         self.takes_loss = "loss" in inspect.signature(self.optimizer.step).parameters
         self.averaged = not hasattr(self.optimizer, "eval")
         """Whether the weights are already those to evaluate: always, but for optimizers with two modes."""
@@ -71,9 +86,13 @@ class Session:
     def _apply(self, name: str) -> None:
         card = method(name)
         if card.acts_on == "model":
-            self.applied.append((name, dict(apply(self.model, name).changes)))
+            base = base_for(card, self.workload, self.asked)
+            self.applied.append((name, dict(apply(self.model, name, **base).changes)))
         elif card.apply is None:
             raise UsageError(f"{name} cannot be applied to a run.")
+        elif card.acts_on == "batches":
+            self.batches = card.apply(self.batches, model=self.model, steps=self.settings.steps)
+            self.applied.append((name, {"batches": card.equation}))
         elif card.acts_on == "loss":
             self.loss = card.apply(self.loss)
             self.applied.append((name, {"loss": card.equation}))
@@ -83,6 +102,9 @@ class Session:
             self.settings = Settings(**after)
             changed = {key: f"{before[key]} -> {after[key]}" for key in before if before[key] != after[key]}
             self.applied.append((name, changed))
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor]:
+        return self.workload.batch(self.settings.seed, step, self.settings.batch_size)
 
     def start(self, saved: dict[str, Any] | None, recorder: Recorder | None) -> None:
         """Continue from a checkpoint's state, or evaluate the model at initialisation."""
@@ -151,10 +173,10 @@ class Session:
         began = time.process_time()
         settings, at = self.settings, self.at.step
         lr = settings.learning_rate(at)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        for group, share in zip(self.optimizer.param_groups, self.shares, strict=True):
+            group["lr"] = lr * share
         self.model.train()
-        inputs, targets = self.workload.batch(settings.seed, at, settings.batch_size)
+        inputs, targets = self.batches(at)
         loss = self.loss(self.model(inputs), targets)
         value = to_scalar(loss)
         loss.backward()

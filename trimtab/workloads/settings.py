@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import (
     BaseModel,
@@ -14,6 +14,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 
 from trimtab.catalogue import method
@@ -21,18 +22,19 @@ from trimtab.errors import UsageError, choose
 from trimtab.workloads.optimizers import (
     BASELINES,
     MOMENTS,
-    Scalar,
     checked_options,
     has_lr,
     optimizer_class,
     option_names,
     own_moments,
-    pairs,
     taken_moments,
 )
+from trimtab.workloads.options import Scalar, pairs
+from trimtab.workloads.schedules import OWN, checked_schedule, schedule_options, shape, takes_warmup
 
 _OPTION = "optimizer."
-_LATER = ("options", "spikes", "spike_scale", "outliers")
+_SHAPE = "schedule."
+_LATER = ("options", "spikes", "spike_scale", "outliers", "schedule_options", "width", "depth")
 """Settings that are not written down at their defaults, so that the record of a plain run does not mention them."""
 
 
@@ -49,7 +51,11 @@ class Settings(BaseModel):
         weight_decay: on every parameter, at least 0.
         clip: largest global gradient norm; 0 turns clipping off.
         warmup: fraction of the steps in which the learning rate rises linearly, in [0, 1).
-        schedule: what follows the warm-up: `"cosine"` to 0, or `"constant"`.
+        schedule: what follows the warm-up: `"cosine"` to 0, `"constant"`, or a schedule of the
+            catalogue (`"wsd"`), which gets the run's steps and warm-up.
+        schedule_options: the catalogue schedule's own options by name; a length may be a fraction below 1 of the steps.
+        width: of the model, in the workload's sense (a transformer's D); 0 keeps the workload's own.
+        depth: of the model, in blocks or hidden layers; 0 keeps the workload's own.
         steps: optimizer steps, at least 1.
         batch_size: samples a step; 0 takes the whole training set.
         seed: of the initialisation, the order of the batches and dropout.
@@ -81,7 +87,7 @@ class Settings(BaseModel):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(0.0, ge=0)
     warmup: float = Field(0.1, ge=0, lt=1)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: str = "cosine"
     steps: int = Field(ge=1, le=10**9)
     batch_size: int = Field(0, ge=0, le=10**9)
     seed: int = Field(0, ge=0, lt=2**63)
@@ -90,6 +96,9 @@ class Settings(BaseModel):
     spikes: float = Field(0.0, ge=0, le=1)
     spike_scale: float = Field(1000.0, gt=0)
     outliers: float = Field(0.0, ge=0, le=1)
+    schedule_options: tuple[tuple[str, Scalar], ...] = ()
+    width: int = Field(0, ge=0, le=2**20)
+    depth: int = Field(0, ge=0, le=2**12)
 
     def __init__(self, **values: Any) -> None:
         try:
@@ -104,8 +113,9 @@ class Settings(BaseModel):
         for name in _LATER:
             if name in values and getattr(self, name) == fields[name].default:
                 del values[name]
-        if "options" in values:
-            values["options"] = dict(self.options)
+        for name in ("options", "schedule_options"):
+            if name in values:
+                values[name] = dict(getattr(self, name))
         return values
 
     @field_validator("optimizer")
@@ -119,6 +129,22 @@ class Settings(BaseModel):
     def _typed(cls, options: Any, info: ValidationInfo) -> tuple[tuple[str, Scalar], ...]:
         # An optimizer that was refused is not in the data, and its refusal is what the user reads.
         return checked_options(info.data["optimizer"], options) if "optimizer" in info.data else ()
+
+    @field_validator("schedule")
+    @classmethod
+    def _named(cls, name: str) -> str:
+        checked_schedule(name, ())
+        return name
+
+    @field_validator("schedule_options", mode="before")
+    @classmethod
+    def _shaped(cls, options: Any, info: ValidationInfo) -> tuple[tuple[str, Scalar], ...]:
+        return checked_schedule(info.data["schedule"], options) if "schedule" in info.data else ()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Settings:
+        self.learning_rate(0)
+        return self
 
     @field_validator("remedies")
     @classmethod
@@ -137,13 +163,16 @@ class Settings(BaseModel):
         """Return a copy with some values changed, checked like new ones.
 
         Names that are options of the optimizer go to `options`, and so do those after `optimizer.`, for options that
-        have the name of a setting (`**{"optimizer.warmup": 150}`). Another optimizer starts without options, and with
-        its own momentum and betas unless these are Adam's (0.9, 0.999): relatives of Adam keep the betas as they are.
+        have the name of a setting (`**{"optimizer.warmup": 150}`); those after `schedule.` go to `schedule_options`.
+        Another optimizer starts without options, and with its own momentum and betas unless these are Adam's
+        (0.9, 0.999): relatives of Adam keep the betas as they are. Another schedule starts without options too.
 
         Raises:
             UsageError: if a value breaks its rule, a name is unknown, or a changed value would have no effect with the
                 chosen optimizer.
         """
+        shaping = {name: value for name, value in changes.items() if name.startswith(_SHAPE)}
+        changes = {name: value for name, value in changes.items() if name not in shaping}
         chosen = changes.get("optimizer", self.optimizer)
         taken, known = taken_moments(chosen), option_names(chosen)
         plain = set(Settings.model_fields) - {name for name in MOMENTS if name not in taken and name in known}
@@ -159,9 +188,17 @@ class Settings(BaseModel):
             raise UsageError(f"lr has no effect with {chosen}: it has no learning rate.")
         if chosen != self.optimizer:
             values = {**own_moments(chosen), "options": {}, **values}
+        shape_name = values.get("schedule", self.schedule)
+        if shape_name != self.schedule:
+            values = {"schedule_options": {}, **values}
+        if shaping:
+            asked = {name.removeprefix(_SHAPE): value for name, value in shaping.items()}
+            values["schedule_options"] = {**dict(pairs(values.get("schedule_options", self.schedule_options))), **asked}
         if loose:
             values["options"] = {**dict(pairs(values.get("options", self.options))), **dict(pairs(loose))}
         changed = Settings(**{**self.model_dump(), **values})
+        if "warmup" in values and not takes_warmup(changed.schedule):
+            raise UsageError(f"warmup has no effect with schedule={changed.schedule}: it rises by itself.")
         if "spike_scale" in values and not (changed.spikes or changed.outliers):
             raise UsageError("spike_scale has no effect without spikes or outliers: give one of them too.")
         return changed
@@ -169,8 +206,11 @@ class Settings(BaseModel):
     def learning_rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0.
 
-        Linear warm-up from lr/w over w = warmup * steps steps, then lr * (1 + cos(pi * progress)) / 2 or lr.
+        Linear warm-up from lr/w over w = warmup * steps steps, then lr * (1 + cos(pi * progress)) / 2 or lr; lr times
+        the factor of a schedule of the catalogue.
         """
+        if self.schedule not in OWN or self.schedule_options:
+            return self.lr * shape(self.schedule, self.schedule_options, self.steps, self.warmup, self.beta2)(step)
         rising = self.warmup * self.steps
         if step + 1 < rising:
             return self.lr * (step + 1) / rising
@@ -179,13 +219,17 @@ class Settings(BaseModel):
         return self.lr * 0.5 * (1 + math.cos(math.pi * max(0.0, step - rising) / (self.steps - rising)))
 
 
+_SETTABLE = [name for name in Settings.model_fields if name not in ("remedies", "options", "schedule_options")]
+
+
 def parse_arm(text: str, defaults: Settings) -> Settings:
     """Read an arm as a command line gives it: an optimizer, `name=value` pairs and `with=METHOD`, joined by commas.
 
     Args:
         text: such as `"adamw,lr=3e-2,with=qk-norm"`; what is not named keeps its default. Options of an optimizer of
             the catalogue are written like settings: `"trimtab-adamw,eps=1e-6,state=bf16"`; one that has the name of a
-            setting is written `optimizer.NAME`.
+            setting is written `optimizer.NAME`. Options of a schedule are written `schedule.NAME`:
+            `"schedule=wsd,schedule.decay=0.3"`.
         defaults: the workload's default settings.
 
     Returns:
@@ -217,9 +261,12 @@ def parse_arm(text: str, defaults: Settings) -> Settings:
             raise UsageError(f"{name} is given twice in the arm {text!r}: once is enough.")
         changes[name] = value
     known = option_names(changes.get("optimizer", defaults.optimizer))
+    schedule = changes.get("schedule", defaults.schedule)
+    checked_schedule(schedule, ())
+    known_shapes = [f"{_SHAPE}{option}" for option in schedule_options(schedule)]
     for name in changes:
         plain = name.removeprefix(_OPTION) if name.removeprefix(_OPTION) in known else name
-        choose("setting", plain, [*(set(Settings.model_fields) - {"remedies", "options"}), *known, "with"])
+        choose("setting", plain, [*_SETTABLE, *known, *known_shapes, "with"])
     if remedies:
         changes["remedies"] = (*defaults.remedies, *remedies)
     return defaults.replace(**changes)

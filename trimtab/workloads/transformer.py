@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trimtab.errors import UsageError
+
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with a fused `qkv` projection, laid out (3, H, K), and slots for QK-norm.
@@ -16,10 +18,15 @@ class SelfAttention(nn.Module):
         width: D, a multiple of `heads`.
         heads: H.
         causal: whether a position sees only itself and what is before it.
+
+    Raises:
+        UsageError: if the heads do not share the width evenly.
     """
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
+        if width % heads:
+            raise UsageError(f"a transformer's width must be a multiple of its {heads} heads, got {width}.")
         self.num_heads = heads
         self.head_dim = width // heads
         self.causal = causal

@@ -60,6 +60,8 @@ class Workload(ABC):
         defaults: settings of a sane run.
         sources: where each default that was chosen comes from.
         evaluations: evaluations along a run, evenly spaced.
+        width: of the model, in units; None if it has none that can be changed.
+        depth: of the model, in blocks or hidden layers; None if it has none that can be changed.
     """
 
     name: ClassVar[str]
@@ -67,6 +69,8 @@ class Workload(ABC):
     defaults: ClassVar[Settings]
     sources: ClassVar[Mapping[str, str]]
     evaluations: ClassVar[int] = 10
+    width: ClassVar[int | None] = None
+    depth: ClassVar[int | None] = None
 
     def __init__(self) -> None:
         self._data: Data | None = None
@@ -96,13 +100,30 @@ class Workload(ABC):
         """Load the data that comes with the workload."""
 
     @abstractmethod
-    def build(self) -> nn.Module:
-        """Build the model from torch's global generator; called by `model` with the generator seeded."""
+    def build(self, width: int, depth: int) -> nn.Module:
+        """Build the model from torch's global generator; called by `model` with the generator seeded.
 
-    def model(self, seed: int) -> nn.Module:
-        """Return a new model, a pure function of the seed; torch's global generator is left as it was."""
+        Args:
+            width: the workload's own, or another one; 0 where the workload has none.
+            depth: likewise.
+        """
+
+    def model(self, seed: int, *, width: int = 0, depth: int = 0) -> nn.Module:
+        """Return a new model, a pure function of the arguments; torch's global generator is left as it was.
+
+        Args:
+            seed: of the initial weights.
+            width: of the model; 0 takes the workload's own.
+            depth: likewise.
+
+        Raises:
+            UsageError: if the workload's model has no such size, or cannot have it.
+        """
+        for name, asked, own in (("width", width, self.width), ("depth", depth, self.depth)):
+            if asked and own is None:
+                raise UsageError(f"the model of {self.name} has no {name} to change: leave it out.")
         with seeded(seed):
-            return self.build()
+            return self.build(width or self.width or 0, depth or self.depth or 0)
 
     @abstractmethod
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

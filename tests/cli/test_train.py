@@ -106,3 +106,15 @@ def test_train_with_an_optimizer_of_the_catalogue(trimtab: Callable[..., Any], r
     assert "cannot read --set 'state'" in refused("train", "tabular", "--set=state")
     assert "lr is given twice" in refused("train", "tabular", "--lr=0.1", "--set=lr=0.1")
     assert "Did you mean 'state'?" in refused("train", "tabular", options[0], "--set=stat=bf16")
+
+
+def test_a_branch_decays_from_a_checkpoint(trimtab: Callable[..., Any], tmp_path: Path) -> None:
+    options = ["--schedule=wsd", "--steps=20", "--checkpoint-every=4", "--keep=9", f"--out={tmp_path / 'long'}"]
+    assert trimtab("train", "regression", *options).code == 0
+    found = trimtab("branch", str(tmp_path / "long"), "--decay=4", "--at=8", "--form=linear")
+    assert found.code == 0, found.err
+    assert "12 steps" in found.out
+    assert (tmp_path / "long-branch-at-8-4" / "checkpoints").is_dir()
+    wrong = trimtab("branch", str(tmp_path / "long"), "--decay=4", "--at=19")
+    assert wrong.code == 2
+    assert "stable phase" in wrong.err

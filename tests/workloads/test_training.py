@@ -262,11 +262,11 @@ class Exploding(Workload):
 
     def __init__(self, inner: Workload, bad_step: int) -> None:
         super().__init__()
-        self.inner, self.bad_step = inner, bad_step
+        self.inner, self.bad_step, self.width = inner, bad_step, inner.width  # type: ignore[misc]
         self.load, self.build, self.evaluate = inner.load, inner.build, inner.evaluate  # type: ignore[method-assign]
 
     def load(self) -> Any: ...  # replaced above
-    def build(self) -> Any: ...
+    def build(self, width: int, depth: int) -> Any: ...
     def evaluate(self, model: nn.Module) -> Any: ...
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -314,11 +314,11 @@ def test_checkpoint_that_cannot_be_written_does_not_stop_training(
 ) -> None:
     real, calls = session.save_checkpoint, []
 
-    def full_once(folder: Path, step: int, state: dict[str, Any]) -> Path:
+    def full_once(folder: Path, step: int, state: dict[str, Any], *, keep: int) -> Path:
         calls.append(step)
         if step == 5:
             raise RecordError("cannot write a checkpoint in x: No space left on device.")
-        return real(folder, step, state)
+        return real(folder, step, state, keep=keep)
 
     monkeypatch.setattr(session, "save_checkpoint", full_once)
     job, settings = short("tabular")

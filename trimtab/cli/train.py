@@ -19,6 +19,7 @@ _RUNS = Path("runs")
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command("train")(train)
+    app.command("branch")(branch)
 
 
 def train(
@@ -35,12 +36,16 @@ def train(
     remedies: Annotated[list[str] | None, typer.Option("--with", help="A method to apply; may be repeated.")] = None,
     others: Annotated[
         list[str] | None,
-        typer.Option("--set", help="NAME=VALUE of any other setting, option of the optimizer or schedule.OPTION; may be repeated."),
+        typer.Option(
+            "--set",
+            help="NAME=VALUE of any other setting, option of the optimizer or schedule.OPTION; may be repeated.",
+        ),
     ] = None,
     text: Annotated[Path | None, typer.Option(help="A file or folder of text, for language models.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME-1, -2, ... by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 for one at the end.", min=0)] = 0,
+    keep: Annotated[int, typer.Option(help="How many of the newest checkpoints stay.", min=1)] = 2,
     no_watch: Annotated[bool, typer.Option("--no-watch", help="Record loss and learning rate only.")] = False,
     threads: Annotated[int, typer.Option(help="Threads of torch.", min=1, max=1024)] = 1,
 ) -> None:
@@ -80,12 +85,54 @@ def train(
                 watch=not no_watch,
                 resume=resume,
                 checkpoint_every=checkpoint_every,
+                keep=keep,
                 progress=lambda step, total, loss: meter.update(step, total, f"loss {loss:.4f}"),
                 text=text,
             )
     except KeyboardInterrupt:
         raise Interrupted(
             f"interrupted: the run is kept in {folder}, the same command with --resume --out {folder} continues it."
+        ) from None
+    say(_summary(outcome, folder))
+    if outcome.diverged:
+        raise typer.Exit(1)
+
+
+def branch(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with schedule=wsd or constant, and checkpoints.")],
+    decay: Annotated[int, typer.Option(help="Steps of the decay.", min=1)],
+    at: Annotated[int | None, typer.Option(help="Steps after which it leaves; the newest checkpoint.")] = None,
+    form: Annotated[str | None, typer.Option(help="linear, 1-sqrt, cosine or exponential; the run's.")] = None,
+    floor: Annotated[float | None, typer.Option(help="Last factor; the run's.")] = None,
+    text: Annotated[Path | None, typer.Option(help="The text that the run was trained on, if it had one.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the branch; RUN-branch-DECAY by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the branch in --out.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0 for one at the end.", min=0)] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of torch.", min=1, max=1024)] = 1,
+) -> None:
+    """Decay from a checkpoint of a run's stable phase, and leave the run as it is. Exit code 1 if it diverges."""
+    from trimtab.workloads import branch as decayed
+
+    use_threads(threads)
+    place = "" if at is None else f"-at-{at}"
+    folder = out if out is not None else run.with_name(f"{run.name}-branch{place}-{decay}")
+    try:
+        with Meter(f"branch of {run.name}") as meter:
+            outcome = decayed(
+                run,
+                decay=decay,
+                out=folder,
+                at=at,
+                form=form,
+                floor=floor,
+                resume=resume,
+                checkpoint_every=checkpoint_every,
+                progress=lambda step, total, loss: meter.update(step, total, f"loss {loss:.4f}"),
+                text=text,
+            )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"interrupted: the branch is kept in {folder}, the same command with --resume continues it."
         ) from None
     say(_summary(outcome, folder))
     if outcome.diverged:

@@ -67,8 +67,13 @@ def save_checkpoint(folder: str | Path, step: int, state: dict[str, Any], *, kee
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest whole checkpoint of a run, or None."""
-    found = _checkpoints(Path(folder) / "checkpoints")
+    found = checkpoints(folder)
     return found[-1] if found else None
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """Return the whole checkpoints of a run, oldest first."""
+    return _checkpoints(Path(folder) / "checkpoints")
 
 
 def load_checkpoint(path: str | Path) -> tuple[int, dict[str, Any]]:

@@ -56,6 +56,15 @@ class Standing:
     cpu_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Saves:
+    """Where checkpoints go (nowhere if None), how many steps apart (0: at the end only), and how many stay."""
+
+    folder: Path | None
+    every: int = 0
+    keep: int = 2
+
+
 class Session:
     """Model, optimizer and loss of one run, and where it stands."""
 
@@ -129,10 +138,9 @@ class Session:
 
     def loop(
         self,
-        folder: Path | None,
+        saves: Saves,
         recorder: Recorder | None,
         watcher: Watch | None,
-        checkpoint_every: int,
         progress: Progress | None,
         interrupt: Interrupt,
     ) -> None:
@@ -146,12 +154,12 @@ class Session:
             self.at.step += 1
             if self.at.step % evaluate_every == 0 and self.at.step < steps:
                 self.evaluate(recorder)
-            if checkpoint_every and self.at.step % checkpoint_every == 0 and self.at.step < steps:
-                self.save(folder, recorder)
+            if saves.every and self.at.step % saves.every == 0 and self.at.step < steps:
+                self.save(saves, recorder)
             if progress is not None:
                 progress(self.at.step, steps, loss)
             if interrupt.asked:
-                self.save(folder, recorder)
+                self.save(saves, recorder)
                 if recorder is not None:
                     recorder.close("interrupted")
                 raise KeyboardInterrupt
@@ -161,7 +169,7 @@ class Session:
         if self.at.step == steps and not self.averaged:
             self._mode("eval")
             self.averaged = True
-        self.save(folder, recorder, final=True)
+        self.save(saves, recorder, final=True)
         if self.diverged and recorder is not None:
             recorder.close("diverged")
 
@@ -241,9 +249,9 @@ class Session:
                 for parameter, value in zip(self.model.parameters(), kept, strict=True):
                     parameter.copy_(value)
 
-    def save(self, folder: Path | None, recorder: Recorder | None, *, final: bool = False) -> None:
+    def save(self, saves: Saves, recorder: Recorder | None, *, final: bool = False) -> None:
         """Write a checkpoint. Only the last one's failure ends the run; another is tried at the next occasion."""
-        if folder is None or recorder is None:
+        if saves.folder is None or recorder is None:
             return
         # Rows first: a resumed run does not log again what lies before its checkpoint.
         recorder.flush()
@@ -255,7 +263,7 @@ class Session:
             "rng": rng_state(),
         }
         try:
-            path = save_checkpoint(folder, self.at.step, state)
+            path = save_checkpoint(saves.folder, self.at.step, state, keep=saves.keep)
         except RecordError as error:
             if final:
                 raise

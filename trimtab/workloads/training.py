@@ -12,7 +12,7 @@ from trimtab.record import Recorder, Run, latest_checkpoint, load_checkpoint
 from trimtab.record.environment import environment
 from trimtab.workloads.interrupt import interruptible
 from trimtab.workloads.outcome import Outcome
-from trimtab.workloads.session import Progress, Session
+from trimtab.workloads.session import Progress, Saves, Session
 from trimtab.workloads.settings import Settings
 from trimtab.workloads.workload import Workload, seeded
 from trimtab.workloads.workload import workload as find_workload
@@ -29,6 +29,8 @@ def train(
     watch: bool = True,
     resume: bool = False,
     checkpoint_every: int = 0,
+    keep: int = 2,
+    start: str | Path | None = None,
     progress: Progress | None = None,
     text: str | Path | None = None,
 ) -> Outcome:
@@ -44,6 +46,9 @@ def train(
         watch: whether the signals of the default probes are recorded, or only loss, learning rate and gradient norm.
         resume: continue the run in `out` from its newest checkpoint.
         checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        keep: how many of the newest checkpoints stay.
+        start: a checkpoint to start from instead of step 0: of a run of this workload with the same data, model and
+            optimizer; what follows has these settings (see `branch` for the usual reason).
         progress: called after each step with the steps done, the steps in all and the loss.
         text: a file or folder of text, for language models.
 
@@ -74,10 +79,13 @@ def train(
     with seeded(asked.seed):
         run = Session(workload, asked, identity)
         saved = _saved(folder, identity) if folder is not None and resume else None
+        if saved is None and start is not None:
+            saved = _started(Path(start), identity, run.settings.steps)
         with ExitStack() as stack:
             recorder, watcher = _open(stack, run, folder, watch, resume, saved)
             run.start(saved, recorder)
-            run.loop(folder, recorder, watcher, checkpoint_every, progress, stack.enter_context(interruptible()))
+            saves = Saves(folder, checkpoint_every, keep)
+            run.loop(saves, recorder, watcher, progress, stack.enter_context(interruptible()))
         return run.outcome(folder)
 
 
@@ -100,6 +108,21 @@ def _saved(folder: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
                 f"{folder} holds a run with other settings: {name} is {there!r} there and {here!r} here. "
                 "Resume it with its own settings, or choose another folder."
             )
+    return saved
+
+
+def _started(path: Path, identity: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Return the state in another run's checkpoint, once it fits."""
+    _, saved = load_checkpoint(path)
+    for name in ("workload", "data"):
+        if saved["identity"].get(name) != identity[name]:
+            raise UsageError(
+                f"{path} is of another {name} ({saved['identity'].get(name)!r}): start from one of this run's."
+            )
+    if saved["progress"]["step"] >= steps:
+        raise UsageError(
+            f"{path} was written after {saved['progress']['step']} steps: a run from there needs more steps."
+        )
     return saved
 
 

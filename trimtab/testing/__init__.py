@@ -15,16 +15,26 @@ if TYPE_CHECKING:
     from trimtab.testing.layers import LayerTestCase
     from trimtab.testing.losses import LossTestCase
     from trimtab.testing.optimizers import OptimizerTestCase
+    from trimtab.testing.preferences import PreferenceLossTestCase
     from trimtab.testing.probe import ProbeTestCase
     from trimtab.testing.ranks import run_ranks
     from trimtab.testing.schedules import ScheduleTestCase
 
-__all__ = ["LayerTestCase", "LossTestCase", "OptimizerTestCase", "ProbeTestCase", "ScheduleTestCase", "run_ranks"]
+__all__ = [
+    "LayerTestCase",
+    "LossTestCase",
+    "OptimizerTestCase",
+    "PreferenceLossTestCase",
+    "ProbeTestCase",
+    "ScheduleTestCase",
+    "run_ranks",
+]
 
 _HOME = {
     "LayerTestCase": "trimtab.testing.layers",
     "LossTestCase": "trimtab.testing.losses",
     "OptimizerTestCase": "trimtab.testing.optimizers",
+    "PreferenceLossTestCase": "trimtab.testing.preferences",
     "ProbeTestCase": "trimtab.testing.probe",
     "ScheduleTestCase": "trimtab.testing.schedules",
     "run_ranks": "trimtab.testing.ranks",

@@ -29,7 +29,7 @@ LONGEST = {"trimtab": 400, "tests": 450, "benchmarks": 400, "docs": 400}
 BASE = frozenset({"errors", "names", "scalars", "card", "catalogue", "remedy"})
 REMEDIES = frozenset(ROOMS) - {"tune"}
 SEE = BASE | {"record", "watch", "diagnose"}
-PROVE = frozenset({"workloads", "compare", "tune"})
+PROVE = frozenset({"workloads", "compare", "tune", "bench"})
 SHOW = frozenset({"report", "integrations"})
 
 # What each part of the package may import besides itself.
@@ -42,6 +42,8 @@ ARROWS: dict[str, frozenset[str]] = {
     "workloads": SEE | REMEDIES,
     "compare": SEE | REMEDIES | {"workloads"},
     "tune": SEE | REMEDIES | {"workloads", "compare"},
+    "bench": SEE | REMEDIES | {"workloads", "compare", "tune"},
+    "trial": BASE | {"tune"},
     **dict.fromkeys(SHOW, SEE | REMEDIES | PROVE | SHOW),
     "testing": SEE | REMEDIES | PROVE | SHOW,
     "cli": SEE | REMEDIES | PROVE | SHOW | {"testing"},
@@ -55,7 +57,9 @@ HOMES: dict[str, frozenset[str]] = {
     "rich": frozenset({"cli"}),
     "plotly": frozenset({"report"}),
     "pydantic": frozenset({"workloads", "compare", "tune", "cli"}),
-    "sklearn": frozenset({"workloads"}),
+    "sklearn": frozenset({"workloads", "tune"}),
+    "optuna": frozenset({"tune"}),
+    "ray": frozenset({"tune"}),
     "tensorboard": frozenset({"integrations"}),
     "wandb": frozenset({"integrations"}),
     "mlflow": frozenset({"integrations"}),

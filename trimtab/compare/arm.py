@@ -53,7 +53,7 @@ class Arm:
         for name in settings.remedies:
             card = method(name)
             if card.acts_on == "model":
-                apply(model, name, **base_for(card, workload, settings))
+                apply(model, name, **base_for(name, workload, self.settings))
             elif card.acts_on == "settings" and card.apply is not None:
                 settings = Settings(**dict(card.apply(settings.model_dump())))
         make_optimizer(model, settings)

@@ -128,12 +128,11 @@ def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimize
     kind = optimizer_class(settings.optimizer)
     if kind is not None:
         return _from_catalogue(kind, model, settings)
+    groups = _with_rates(model, [{"params": list(model.parameters())}], settings)
     if settings.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     return torch.optim.AdamW(
-        model.parameters(),
+        groups,
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         weight_decay=settings.weight_decay,
@@ -155,12 +154,29 @@ def _from_catalogue(kind: type[torch.optim.Optimizer], model: nn.Module, setting
             raise UsageError(f"{settings.optimizer} has no weight decay: write weight_decay=0.")
         for group in groups:
             del group["weight_decay"]
+    groups = _with_rates(model, groups, settings)
     moments = {name: getattr(settings, name) for name in taken_moments(settings.optimizer)}
     if betas := _betas(accepted):
         names = [f"beta{place}" for place in range(1, len(betas) + 1)]
         own = dict(zip(names, betas, strict=True))
         keywords["betas"] = tuple(moments.pop(name, keywords.pop(name, own[name])) for name in names)
     return kind(groups, **keywords, **moments)
+
+
+def _with_rates(model: nn.Module, groups: list[dict[str, Any]], settings: Settings) -> list[dict[str, Any]]:
+    """Split groups by the learning rates of muP, where the run has it."""
+    if "mup" not in settings.remedies:
+        return groups
+    from trimtab.layers.mup import mup_groups
+
+    kind = optimizer_class(settings.optimizer)
+    if settings.optimizer == "sgd" or (kind is not None and kind.__name__ == "SGD"):
+        family = "sgd"
+    elif kind is None or kind.__module__.startswith("trimtab.optim.adaptive."):
+        family = "adam"
+    else:
+        raise UsageError(f"mup has learning rates for Adam's family and SGD, not for {settings.optimizer}.")
+    return mup_groups(model, groups, family, lr=settings.lr, weight_decay=settings.weight_decay)
 
 
 def state_bytes_per_parameter(optimizer: torch.optim.Optimizer, model: nn.Module) -> float:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.card import Card
 from trimtab.catalogue import method
 from trimtab.errors import RecordError, RunFailedError, UsageError
 from trimtab.record import Recorder, save_checkpoint
@@ -39,12 +38,20 @@ Batches = Callable[[int], tuple[Tensor, Tensor]]
 """Inputs and targets of a step."""
 
 
-def base_for(card: Card, workload: Workload, settings: Settings) -> dict[str, nn.Module]:
-    """Return what a method needs besides the model: one of the workload's own width, without data, where it asks."""
+def base_for(name: str, workload: Workload, settings: Settings) -> dict[str, nn.Module]:
+    """Return what a remedy of a run needs besides the model: where it asks, one of the workload's own width.
+
+    That model has no data (it is on the meta device), and it has the remedies that come before this one.
+    """
+    card = method(name)
     if card.apply is None or "base" not in inspect.signature(card.apply).parameters:
         return {}
     with torch.device("meta"):
-        return {"base": workload.model(settings.seed, depth=settings.depth)}
+        base = workload.model(settings.seed, depth=settings.depth)
+        for earlier in settings.remedies[: settings.remedies.index(name)]:
+            if method(earlier).acts_on == "model":
+                apply(base, earlier)
+    return {"base": base}
 
 
 @dataclass
@@ -95,7 +102,7 @@ class Session:
     def _apply(self, name: str) -> None:
         card = method(name)
         if card.acts_on == "model":
-            base = base_for(card, self.workload, self.asked)
+            base = base_for(name, self.workload, self.asked)
             self.applied.append((name, dict(apply(self.model, name, **base).changes)))
         elif card.apply is None:
             raise UsageError(f"{name} cannot be applied to a run.")

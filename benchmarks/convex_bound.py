@@ -4,7 +4,7 @@ Run: python benchmarks/convex_bound.py [--out FOLDER] [--workers 2]
 Writes benchmarks/results/convex_bound.json; runs that are already in FOLDER are not repeated.
 
 Fixed before any run: `lm-small` in batches of 8, seven learning rates from 1e-3 to 1e-1 (a third of a decade apart),
-seeds 0 to 2, warm-up over a twentieth of the steps. A schedule's best rate is the vertex of the parabola through the
+seeds 0 and 1, warm-up over a twentieth of the steps. A schedule's best rate is the vertex of the parabola through the
 lowest mean loss over log rate and its two neighbours; where the lowest is at the grid's edge, there is none.
 
 - Order: five schedules of 400 steps, each at the best rate of the grid, against their least bounds.
@@ -33,7 +33,7 @@ from trimtab.workloads import workload
 
 WORKLOAD = "lm-small"
 GRID = log_grid("1e-3:1e-1", 7)
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 STEPS = 400
 HORIZONS = (100, 200, 400, 800)
 COMMON = "batch_size=8,warmup=0.05"

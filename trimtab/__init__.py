@@ -26,6 +26,7 @@ _HOME = {
     "remove": "trimtab.remedy",
 }
 _ROOMS = (
+    "bench",
     "compare",
     "diagnose",
     "integrations",
@@ -36,6 +37,7 @@ _ROOMS = (
     "report",
     "schedule",
     "testing",
+    "trial",
     "tune",
     "watch",
     "workloads",

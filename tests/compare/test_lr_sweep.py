@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from trimtab.compare import Sweep, sweep
+from trimtab.compare import Size, Sweep, sweep
 from trimtab.errors import UsageError
 
 _GRID = [1e-3, 1e-1, 1e7]
@@ -113,4 +114,55 @@ def test_wrong_arms_of_sweeps_are_refused(arms: list[str], match: str, tmp_path:
 def test_wrong_sweeps_are_refused(lrs: list[float], remedies: list[list[str]], match: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=match):
         sweep("digits-mlp", lrs, folder=tmp_path / "out", remedies=remedies, steps=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_size_has_its_curves_and_its_own_baseline(tmp_path: Path) -> None:
+    common = {"remedies": [["lower-lr"]], "steps": 3, "workers": 1}
+    found = sweep("digits-mlp", [1e-3, 1e-2], folder=tmp_path, widths=[16, 8], **common)
+    assert [curve.arm.label for curve in found.curves] == [
+        "without remedy, width 8",
+        "lower-lr, width 8",
+        "without remedy, width 16",
+        "lower-lr, width 16",
+    ]
+    assert (found.widths, found.depths) == ((8, 16), ())
+    assert [curve.side for curve in found.at(Size(16))] == ["without remedy", "lower-lr"]
+    assert {out.settings["width"] for curve in found.at(Size(8)) for row in curve.outcomes for out in row} == {8}
+    # A wider model begins elsewhere: the runs are those of their sizes.
+    assert found.curves[0].outcomes[0][0].initial_loss != found.curves[2].outcomes[0][0].initial_loss
+    data = json.loads((tmp_path / "sweep.json").read_text())
+    assert {(pair["arm"], pair["baseline"]) for pair in data["pairs"]} == {
+        ("lower-lr, width 8", "without remedy, width 8"),
+        ("lower-lr, width 16", "without remedy, width 16"),
+    }
+    assert [(curve["side"], curve["width"], curve["depth"]) for curve in data["curves"]][2] == (
+        "without remedy",
+        16,
+        None,
+    )
+
+
+def test_the_own_size_is_not_trained_again(tmp_path: Path) -> None:
+    plain = sweep("digits-mlp", [1e-3], folder=tmp_path, steps=3, workers=1)
+    sized = sweep("digits-mlp", [1e-3], folder=tmp_path, widths=[128], depths=[2], steps=3, workers=1)
+    assert len(list((tmp_path / "jobs").glob("*.json"))) == 1
+    assert sized.curves[0].arm.label == "without remedy, width 128, depth 2"
+    assert sized.curves[0].losses == plain.curves[0].losses
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ({"widths": [0]}, "a width is a whole number of at least 1, got 0"),
+        ({"widths": [8, 8]}, "different widths, got 8, 8"),
+        ({"depths": [1.5]}, "a depth is a whole number"),
+        ({"widths": [8], "arms": ["adamw,width=4"]}, "sets a width: the sweep does"),
+        ({"depths": [3], "workload": "digits-cnn"}, "has no depth"),
+    ],
+)
+def test_wrong_sizes_are_refused(sizes: dict[str, Any], match: str, tmp_path: Path) -> None:
+    workload = sizes.pop("workload", "digits-mlp")
+    with pytest.raises(UsageError, match=match):
+        sweep(workload, [0.1], folder=tmp_path / "out", steps=2, **sizes)
     assert not (tmp_path / "out").exists()

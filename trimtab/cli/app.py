@@ -11,7 +11,22 @@ from typing import Annotated
 import typer
 
 from trimtab import __version__
-from trimtab.cli import compare, demo, doctor, listing, lr_range, report, reproduce, sweep, train
+from trimtab.cli import (
+    bench,
+    compare,
+    coord_check,
+    demo,
+    doctor,
+    forecast,
+    listing,
+    lr_range,
+    pbt,
+    report,
+    reproduce,
+    sweep,
+    train,
+    tune,
+)
 from trimtab.cli.show import Interrupted, one_line
 from trimtab.errors import RunFailedError, TrimtabError
 
@@ -28,7 +43,22 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for module in (demo, train, doctor, compare, lr_range, sweep, report, reproduce, listing):
+for module in (
+    demo,
+    train,
+    doctor,
+    compare,
+    lr_range,
+    pbt,
+    coord_check,
+    sweep,
+    tune,
+    bench,
+    forecast,
+    report,
+    reproduce,
+    listing,
+):
     module.register(app)
 
 

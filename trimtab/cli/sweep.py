@@ -1,4 +1,4 @@
-"""`trimtab sweep`: loss against learning rate, with and without remedies, and its sensitivity."""
+"""`trimtab sweep`: loss against learning rate, with and without remedies, at one or several sizes: S and S+."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import typer
 from trimtab.cli.compare import verdict
 from trimtab.cli.plot import curves
 from trimtab.cli.show import Meter, console, number, print_json, resumable, say, table, use_threads
+from trimtab.errors import UsageError
 
 if TYPE_CHECKING:
-    from trimtab.compare import Sweep
+    from trimtab.compare import Curve, Sweep
 
 
 def register(app: typer.Typer) -> None:
@@ -32,6 +33,10 @@ def sweep(
         list[str] | None,
         typer.Option("--arm", help="Such as 'lion,weight_decay=0.1', for one curve; the first is the baseline."),
     ] = None,
+    width: Annotated[
+        str, typer.Option(help="Widths of the model, such as 32,64,128; a curve of each arm at each.")
+    ] = "",
+    depth: Annotated[str, typer.Option(help="Depths of the model, such as 2,4; with every width.")] = "",
     seeds: Annotated[int, typer.Option(help="Runs at each point.")] = 1,
     steps: Annotated[int | None, typer.Option(help="Steps of every run.")] = None,
     workers: Annotated[int, typer.Option(help="Worker processes, one thread each.")] = 2,
@@ -40,7 +45,7 @@ def sweep(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     report: Annotated[Path | None, typer.Option(help="Also write an HTML report.")] = None,
 ) -> None:
-    """Sweep the learning rate of optimizers, without and with remedies: curves, S and S+."""
+    """Sweep the learning rate of optimizers, without and with remedies, over sizes: curves, S and S+."""
     use_threads()
     from trimtab.compare import log_grid
     from trimtab.compare import sweep as run
@@ -54,6 +59,8 @@ def sweep(
             folder=folder,
             remedies=[[name.strip() for name in names.split(",")] for names in remedies or ()],
             arms=arms or (),
+            widths=whole_numbers(width, "width"),
+            depths=whole_numbers(depth, "depth"),
             seeds=seeds,
             steps=steps,
             workers=workers,
@@ -74,22 +81,22 @@ def sweep(
         say(f"report: {report}")
 
 
+def whole_numbers(text: str, name: str) -> list[int]:
+    """Read a list such as "32,64,128".
+
+    Raises:
+        UsageError: if a part is not a whole number.
+    """
+    try:
+        return [int(part) for part in text.split(",")] if text.strip() else []
+    except ValueError:
+        raise UsageError(f"{name}s are whole numbers joined by commas, such as 32,64, got {text!r}.") from None
+
+
 def print_sweep(result: Sweep) -> None:
-    """Print the table of losses, the plot, and S and S+."""
-    count = len(result.seeds)
-    rows = []
-    for place, lr in enumerate(result.lrs):
-        row = [f"{lr:g}"]
-        for curve in result.curves:
-            lost = sum(outcome.diverged for outcome in curve.outcomes[place])
-            row.append(number(curve.mean_losses[place]) + (f" ({lost} diverged)" if lost else ""))
-        rows.append(row)
-    title = f"{result.workload}: final loss, mean of {count} seed{'s' * (count > 1)}"
-    labels = [curve.arm.label for curve in result.curves]
-    console().print(table(title, ["learning rate", *labels], rows, left=0))
-    for line in curves(result.lrs, {curve.arm.label: curve.mean_losses for curve in result.curves}):
-        say(line)
-    say()
+    """Print the table of losses and the plot of each size, S and S+, and S against width."""
+    for size in result.sizes:
+        _print_curves(result, result.at(size), size.label)
     summary = []
     for curve in result.curves:
         lr, loss = curve.best
@@ -100,3 +107,35 @@ def print_sweep(result: Sweep) -> None:
     title = f"Learning-rate sensitivity over {result.lrs[0]:g} to {result.lrs[-1]:g} (lower is steadier)"
     heads = ["curve", "S", "verdict on S", "S+", "verdict on S+", "best lr", "its loss"]
     console().print(table(title, heads, summary))
+    if len(result.widths) > 1:
+        _print_growth(result)
+
+
+def _print_curves(result: Sweep, shown: list[Curve], size: str) -> None:
+    count = len(result.seeds)
+    rows = []
+    for place, lr in enumerate(result.lrs):
+        row = [f"{lr:g}"]
+        for curve in shown:
+            lost = sum(outcome.diverged for outcome in curve.outcomes[place])
+            row.append(number(curve.mean_losses[place]) + (f" ({lost} diverged)" if lost else ""))
+        rows.append(row)
+    where = f"{result.workload}, {size}" if size else result.workload
+    title = f"{where}: final loss, mean of {count} seed{'s' * (count > 1)}"
+    console().print(table(title, ["learning rate", *(curve.side for curve in shown)], rows, left=0))
+    for line in curves(result.lrs, {curve.side: curve.mean_losses for curve in shown}):
+        say(line)
+    say()
+
+
+def _print_growth(result: Sweep) -> None:
+    """Plot S against width, a plot for each depth."""
+    for depth in result.depths or (0,):
+        lines: dict[str, list[float]] = {}
+        for curve in result.curves:
+            if curve.size.depth == depth:
+                lines.setdefault(curve.side, []).append(curve.s)
+        say()
+        say("S against width" + (f", depth {depth}" if depth else ""))
+        for line in curves(result.widths, lines):
+            say(line)

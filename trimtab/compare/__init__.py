@@ -7,6 +7,7 @@ from trimtab.compare.lr_sensitivity import Sensitivity, log_grid, sensitivity
 from trimtab.compare.lr_sweep import Curve, Sweep, sweep
 from trimtab.compare.pairs import Paired, paired
 from trimtab.compare.reproduction import Reproduction, reproduce
+from trimtab.compare.sizes import Size
 
 __all__ = [
     "Arm",
@@ -18,6 +19,7 @@ __all__ = [
     "Progress",
     "Reproduction",
     "Sensitivity",
+    "Size",
     "Sweep",
     "compare",
     "log_grid",

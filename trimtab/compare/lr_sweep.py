@@ -1,4 +1,4 @@
-"""Sweep the learning rate of optimizers, with and without remedies: a loss curve each, its sensitivity S and S+."""
+"""Sweep the learning rate of optimizers, with and without remedies and at several sizes: loss curves, S and S+."""
 
 from __future__ import annotations
 
@@ -12,27 +12,33 @@ from trimtab.compare.arm import Arm
 from trimtab.compare.jobs import Progress
 from trimtab.compare.lr_sensitivity import Sensitivity, sensitivity
 from trimtab.compare.pairs import LEVEL, Paired, paired
+from trimtab.compare.sizes import Size, sizes
 from trimtab.compare.store import strict, write_results
 from trimtab.compare.training import final_loss, outcome_json, prepared, run_all, seed_list, training_job
 from trimtab.errors import UsageError
 from trimtab.workloads import Outcome, Settings
 
 RESULTS = "sweep.json"
+_OWN = Size()
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Final loss against learning rate for one arm.
+    """Final loss against learning rate for one arm at one size.
 
     Attributes:
         arm: label and settings, but for learning rate and seed.
         lrs: learning rates, ascending.
         outcomes: for each learning rate, one outcome for each seed.
+        side: the arm's label without its size.
+        size: its width and depth where the sweep sets them.
     """
 
     arm: Arm
     lrs: tuple[float, ...]
     outcomes: tuple[tuple[Outcome, ...], ...]
+    side: str = ""
+    size: Size = _OWN
 
     @property
     def losses(self) -> list[list[float]]:
@@ -73,6 +79,8 @@ class Curve:
         lr, loss = self.best
         return {
             "label": self.arm.label,
+            "side": self.side or self.arm.label,
+            **self.size.to_json(),
             "settings": self.arm.settings.model_dump(mode="json", exclude={"seed", "lr"}),
             "lrs": list(self.lrs),
             "losses": self.losses,
@@ -90,14 +98,16 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Curves of one workload over one grid; the first is the baseline.
+    """Curves of one workload over one grid; the first of each size is the baseline of that size.
 
     Attributes:
         workload: its name.
         lrs: the grid.
         seeds: the seeds.
-        curves: one for each arm and each set of remedies.
-        pairs: for each treated curve's label, S and S+ against the first curve's, paired by seed.
+        curves: one for each size, and in it for each arm and each set of remedies.
+        pairs: for each treated curve's label, S and S+ against the baseline's of its size, paired by seed.
+        widths: the widths, ascending; empty for the workload's own.
+        depths: likewise.
     """
 
     workload: str
@@ -105,6 +115,17 @@ class Sweep:
     seeds: tuple[int, ...]
     curves: tuple[Curve, ...]
     pairs: dict[str, dict[str, Paired]]
+    widths: tuple[int, ...] = ()
+    depths: tuple[int, ...] = ()
+
+    def at(self, size: Size) -> list[Curve]:
+        """Return the curves of one size."""
+        return [curve for curve in self.curves if curve.size == size]
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """The sizes, in the order of the curves."""
+        return tuple(dict.fromkeys(curve.size for curve in self.curves))
 
     @property
     def runs(self) -> list[Path]:
@@ -114,9 +135,14 @@ class Sweep:
     def to_json(self) -> dict[str, Any]:
         """Return the sweep as strict JSON data."""
         pairs = [
-            {"arm": label, "baseline": self.curves[0].arm.label, "quantity": quantity, **pair.to_json()}
-            for label, found in self.pairs.items()
-            for quantity, pair in found.items()
+            {
+                "arm": curve.arm.label,
+                "baseline": self.at(curve.size)[0].arm.label,
+                "quantity": quantity,
+                **pair.to_json(),
+            }
+            for curve in self.curves
+            for quantity, pair in self.pairs.get(curve.arm.label, {}).items()
         ]
         return strict(
             {
@@ -125,6 +151,8 @@ class Sweep:
                 "level": LEVEL,
                 "lrs": self.lrs,
                 "seeds": self.seeds,
+                "widths": self.widths,
+                "depths": self.depths,
                 "baseline": self.curves[0].arm.label,
                 "curves": [curve.to_json() for curve in self.curves],
                 "pairs": pairs,
@@ -139,13 +167,15 @@ def sweep(
     folder: str | Path,
     remedies: Sequence[Sequence[str]] = (),
     arms: Sequence[Arm | str] = (),
+    widths: Sequence[int] = (),
+    depths: Sequence[int] = (),
     seeds: int | Sequence[int] = 1,
     steps: int | None = None,
     workers: int = 2,
     text: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Sweep:
-    """Train a workload at every learning rate, for each arm and with each set of remedies.
+    """Train a workload at every learning rate and size, for each arm and with each set of remedies.
 
     Runs that are already in `folder` are not repeated. The result is also written to `FOLDER/sweep.json`.
 
@@ -156,6 +186,9 @@ def sweep(
         remedies: sets of method names; each set gives a curve, on top of the first arm.
         arms: arms, or their texts (`"lion,weight_decay=0.1"`), for a curve each; the first is the baseline. Default the
             workload's own settings.
+        widths: widths of the model, for a curve of every arm at each, and at each depth; none keeps the workload's
+            own.
+        depths: depths of the model, likewise.
         seeds: how many runs at each point, or which seeds.
         steps: training steps, instead of the workload's own.
         workers: processes.
@@ -166,7 +199,7 @@ def sweep(
         The curves and their sensitivities.
 
     Raises:
-        UsageError: if the learning rates, arms, remedies, seeds or workload are not usable.
+        UsageError: if the learning rates, arms, remedies, sizes, seeds or workload are not usable.
         RunFailedError: if runs failed.
         RecordError: if the folder cannot be written.
     """
@@ -183,21 +216,25 @@ def sweep(
     sides += [Arm("+".join(names), first.replace(remedies=(*first.remedies, *names))) for names in remedies]
     if len({arm.label for arm in sides}) != len(sides):
         raise UsageError("a sweep needs different arms and sets of remedies: one is given twice.")
-    for arm in sides:
+    grown = sizes(widths, depths, sides)
+    arms_at = {(size, side.label): size.of(side, job_of) for size in grown for side in sides}
+    for arm in arms_at.values():
         arm.check(job_of)
     chosen = seed_list(seeds)
+    # Seeds outside: whatever is finished when time runs out is whole curves.
+    points = [(seed, size, lr, side.label) for seed in chosen for size in grown for lr in grid for side in sides]
     jobs = [
-        training_job(job_of, arm.settings.replace(lr=lr, seed=seed), text)
-        for seed in chosen
-        for lr in grid
-        for arm in sides
+        training_job(job_of, arms_at[size, label].settings.replace(lr=lr, seed=seed), text)
+        for seed, size, lr, label in points
     ]
-    outcomes = iter(run_all(jobs, folder, workers=workers, progress=progress))
-    found = {(seed, lr, arm.label): next(outcomes) for seed in chosen for lr in grid for arm in sides}
+    found = dict(zip(points, run_all(jobs, folder, workers=workers, progress=progress), strict=True))
     curves = tuple(
-        Curve(arm, grid, tuple(tuple(found[seed, lr, arm.label] for seed in chosen) for lr in grid)) for arm in sides
+        Curve(arm, grid, tuple(tuple(found[seed, size, lr, label] for seed in chosen) for lr in grid), label, size)
+        for (size, label), arm in arms_at.items()
     )
-    result = Sweep(workload, grid, chosen, curves, {curve.arm.label: _pairs(curves[0], curve) for curve in curves[1:]})
+    firsts = {curve.size: curve for curve in reversed(curves)}
+    pairs = {curve.arm.label: _pairs(firsts[curve.size], curve) for curve in curves if curve is not firsts[curve.size]}
+    result = Sweep(workload, grid, chosen, curves, pairs, tuple(sorted(widths)), tuple(sorted(depths)))
     write_results(Path(folder) / RESULTS, "sweep", result.to_json())
     return result
 

@@ -365,7 +365,7 @@ CARD = Card(
             "tests/layers/test_mup_reference.py::test_equals_the_mup_package",
             "tests/layers/test_mup_reference.py::test_equals_what_the_mup_package_gave",
         ),
-        "claim": ("tests/tune/test_coordinates.py::test_mup_is_flat_and_standard_grows",),
+        "claim": ("tests/tune/scaling/test_coordinates.py::test_mup_is_flat_and_standard_grows",),
     },
     deviations=(
         "Which dimensions are infinite is read from one base model: those that differ; the package takes a third model "

@@ -19,7 +19,7 @@ def build_lr_range_report(result: Mapping[str, Any], out: str | Path) -> Path:
     """Write one self-contained HTML file on a range test.
 
     Args:
-        result: what `LRRange.to_json` returns, with `"workload"` besides.
+        result: what `LRRange.to_json` or `LRRanges.to_json` returns, with `"workload"` besides.
         out: the file to write; folders that are missing are made.
 
     Returns:
@@ -43,12 +43,31 @@ def build_lr_range_report(result: Mapping[str, Any], out: str | Path) -> Path:
     ]
     if result.get("reason"):
         rows.append([cell("note"), cell(result["reason"])])
-    body = f"<p>{lead}</p>{figure(chart, wide=True)}{table('What it found', ['', 'value'], rows)}"
+    seeds = _seeds(result)
+    body = f"<p>{lead}</p>{figure(chart, wide=True)}{table('What it found', ['', 'value'], rows)}{seeds}"
     header = f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1></header>'
     notice = "<noscript><p>The chart needs JavaScript; everything else is readable without it.</p></noscript>"
     main = f"<main>{notice}{section('lr-range', 'Range test', body)}</main>"
     write_whole(path, page(f"{title} · trimtab report", f"{header}{main}", [chart]), what="the report ")
     return path
+
+
+def _seeds(result: Mapping[str, Any]) -> str:
+    """Return the table of the seeds' tests, where there are several."""
+    tests = [test for test in result.get("tests") or () if isinstance(test, Mapping)]
+    if len(tests) < 2:
+        return ""
+    rows = [
+        [
+            cell(test.get("seed")),
+            cell(_shown(test.get("suggestion")), numeric=True),
+            cell(_shown(test.get("largest_stable")), numeric=True),
+            cell(test.get("stopped_because")),
+        ]
+        for test in tests
+    ]
+    head = f"Each seed; the values above are medians in log, the curve is that of seed {result.get('shown_seed')}"
+    return table(head, ["Seed", "Suggestion", "Largest stable", "Stopped because"], rows)
 
 
 def _shown(value: Any) -> str:

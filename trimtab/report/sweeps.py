@@ -1,4 +1,4 @@
-"""A learning-rate sweep: its curves, and S and S+ in a table."""
+"""A learning-rate sweep: its curves at every size, S and S+ in a table, and S against width."""
 
 from __future__ import annotations
 
@@ -18,18 +18,34 @@ def sweep_section(sweep: Mapping[str, Any]) -> tuple[str, list[Chart]]:
     rates = [rate for rate in map(as_number, sweep.get("lrs") or ()) if rate is not None]
     curves = [curve for curve in sweep.get("curves") or () if isinstance(curve, Mapping)]
     pairs = [pair for pair in sweep.get("pairs") or () if isinstance(pair, Mapping)]
-    chart = _chart(rates, curves)
+    groups = _by_size(curves)
+    charts = [
+        _chart(rates, members, size, f"chart-sweep-{place}" if place else "chart-sweep")
+        for place, (size, members) in enumerate(groups.items())
+    ]
+    growth = _growth_charts(curves)
     lead = (
         f"Workload <strong>{esc(sweep.get('workload', ''))}</strong>, {len(rates)} learning rates. S is the mean over "
         "them of how much loss a rate costs against the best one, no run counting for more than its loss at "
         f'initialisation (<a href="{_WORTSMAN}" rel="noopener noreferrer">Wortsman et al. 2023</a>); S+ is the same '
         "over the rates from the best one up. Lower is steadier."
     )
-    body = f"<p>{lead}</p>{figure(chart, wide=True)}{_summary(curves, pairs)}{_losses(rates, curves)}"
-    return section("sweep", "Learning-rate sweep", body), [chart]
+    figures = "".join(figure(chart, wide=True) for chart in charts)
+    grown = f'<div class="grid">{"".join(figure(chart) for chart in growth)}</div>{_growth(curves)}' if growth else ""
+    body = f"<p>{lead}</p>{figures}{_summary(curves, pairs)}{grown}{_losses(rates, curves)}"
+    return section("sweep", "Learning-rate sweep", body), [*charts, *growth]
 
 
-def _chart(rates: Sequence[float], curves: Sequence[Mapping[str, Any]]) -> Chart:
+def _by_size(curves: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Return the curves of each size, by its name; the name is empty where the workload's own size was left."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for curve in curves:
+        words = [f"{name} {curve[name]}" for name in ("width", "depth") if curve.get(name)]
+        groups.setdefault(", ".join(words), []).append(curve)
+    return groups or {"": []}
+
+
+def _chart(rates: Sequence[float], curves: Sequence[Mapping[str, Any]], size: str, anchor: str) -> Chart:
     lines: list[dict[str, Any]] = []
     for index, curve in enumerate(curves):
         initial = as_number(curve.get("initial_loss"))
@@ -52,13 +68,14 @@ def _chart(rates: Sequence[float], curves: Sequence[Mapping[str, Any]]) -> Chart
         f"S {number(as_number(curve.get('S')))}, S+ {number(as_number(curve.get('S_plus')))}"
         for curve in curves
     )
+    where = f"Final loss over the learning rate{', ' if size else ''}{size}"
     return Chart(
-        anchor="chart-sweep",
+        anchor=anchor,
         group="Sweep",
-        title="Final loss over the learning rate",
+        title=where,
         note="lines are means over seeds, small dots are seeds, a ring is at the best rate; the dotted line is the "
         "loss at initialisation",
-        summary=f"Final loss over the learning rate. {words}.",
+        summary=f"{where}. {words}.",
         spec={
             "kind": "sweep",
             "lrs": list(rates),
@@ -70,15 +87,72 @@ def _chart(rates: Sequence[float], curves: Sequence[Mapping[str, Any]]) -> Chart
     )
 
 
+def _sides(curves: Sequence[Mapping[str, Any]]) -> dict[tuple[str, Any], dict[int, Mapping[str, Any]]]:
+    """Return for each arm and depth the curves by width, where there are several widths."""
+    sides: dict[tuple[str, Any], dict[int, Mapping[str, Any]]] = {}
+    for curve in curves:
+        if isinstance(width := curve.get("width"), int):
+            sides.setdefault((str(curve.get("side", "")), curve.get("depth")), {})[width] = curve
+    return {key: dict(sorted(found.items())) for key, found in sides.items() if len(found) > 1}
+
+
+def _growth_charts(curves: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    charts = []
+    for place, ((side, depth), found) in enumerate(_sides(curves).items()):
+        seeds = [
+            [entry for entry in curve.get("by_seed") or () if isinstance(entry, Mapping)] for curve in found.values()
+        ]
+        means = [as_number(curve.get("S")) for curve in found.values()]
+        words = "; ".join(f"width {width}: {number(mean)}" for width, mean in zip(found, means, strict=True))
+        name = f"S against width: {side}" + (f", depth {depth}" if depth else "")
+        charts.append(
+            Chart(
+                anchor=f"chart-sweep-growth-{place}",
+                group="Sweep",
+                title=name,
+                note="one line joins the sweeps of one seed, bars are means; lower is steadier",
+                summary=f"{name}. {words}.",
+                spec={
+                    "kind": "seeds",
+                    "labels": [str(width) for width in found],
+                    "means": means,
+                    "lines": [
+                        {
+                            "name": f"seed {row}",
+                            "y": [as_number(column[row].get("S")) for column in seeds],
+                            "diverged": [False] * len(found),
+                        }
+                        for row in range(min(map(len, seeds), default=0))
+                    ],
+                    "unit": "S",
+                },
+            )
+        )
+    return charts
+
+
+def _growth(curves: Sequence[Mapping[str, Any]]) -> str:
+    sides = _sides(curves)
+    widths = sorted({width for found in sides.values() for width in found})
+    rows = []
+    for (side, depth), found in sides.items():
+        name = side + (f", depth {depth}" if depth else "")
+        for key, title in (("S", "S"), ("S_plus", "S+"), ("best_lr", "best learning rate")):
+            values = [number(as_number(found.get(width, {}).get(key))) for width in widths]
+            rows.append([Cell(breakable(name)), cell(title), *(cell(value, numeric=True) for value in values)])
+    return table("Sensitivity against width", ["Arm", "", *(f"Width {width}" for width in widths)], rows)
+
+
 def _summary(curves: Sequence[Mapping[str, Any]], pairs: Sequence[Mapping[str, Any]]) -> str:
     verdicts = {str(pair.get("arm")): pair for pair in pairs if pair.get("quantity", "S") == "S"}
+    tones = [(curve, tone) for members in _by_size(curves).values() for tone, curve in enumerate(members)]
     rows = []
-    for index, curve in enumerate(curves):
+    for curve, tone in tones:
         numbers = (curve.get("S"), curve.get("S_plus"), curve.get("best_lr"), curve.get("initial_loss"))
         means = [value for value in _means(curve) if value is not None]
         rows.append(
             [
-                Cell(swatch(index) + breakable(curve.get("label", ""))),
+                Cell(swatch(tone) + breakable(curve.get("label", ""))),
                 *(cell(number(as_number(value)), numeric=True) for value in numbers),
                 cell(number(min(means, default=None)), numeric=True),
             ]

@@ -1,0 +1,1 @@
+"""Hyper-parameters that follow a gradient, while the weights are trained."""

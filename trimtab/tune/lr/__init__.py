@@ -1,0 +1,1 @@
+"""Learning rates: the range test, and a search that goes on within a run."""

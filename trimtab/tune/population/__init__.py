@@ -1,0 +1,1 @@
+"""Populations: runs that copy the best of each other."""

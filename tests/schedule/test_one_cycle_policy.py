@@ -1,12 +1,14 @@
-"""1cycle: corners, straight lines, momentum mirrored, and torch's three-phase form."""
+"""1cycle: corners, straight lines, momentum mirrored, torch's three-phase form, and the search for a weight decay."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
 from trimtab.errors import UsageError
-from trimtab.schedule import OneCycleLR, one_cycle, one_cycle_momentum
+from trimtab.schedule import OneCycleLR, one_cycle, one_cycle_momentum, weight_decay_advice
 from trimtab.testing import ScheduleTestCase
 
 
@@ -79,6 +81,35 @@ def test_momentum_is_left_alone_when_asked():
     assert optimizer.param_groups[0]["momentum"] == 0.5
 
 
+@pytest.mark.parametrize("exponent", [-1.3, -2.7, -3.4, -4.0, -4.6, -6.2])
+@pytest.mark.parametrize("model", ["shallow", "unknown", "deep"])
+def test_weight_decay_is_found_by_halving_exponents(exponent, model):
+    """Losses with one minimum, at 10^exponent: the search ends within a quarter of a decade of it."""
+
+    def loss(decay):
+        return abs(math.log10(decay) - exponent) if decay else 30.0
+
+    losses = {}
+    for _ in range(12):
+        advice = weight_decay_advice(losses, model=model)
+        assert list(advice.next) == sorted(advice.next, reverse=True)
+        assert not set(advice.next) & set(losses)
+        losses |= {decay: loss(decay) for decay in advice.next}
+        if not advice.next:
+            break
+    assert not advice.next
+    assert abs(math.log10(advice.best) - exponent) <= 0.2501
+
+
+def test_no_weight_decay_can_be_the_best():
+    losses = {1e-3: 3.0, 1e-4: math.nan, 1e-5: 2.0, 0.0: 1.0}
+    advice = weight_decay_advice(losses)
+    assert (advice.best, advice.next) == (0.0, (pytest.approx(1e-6),))
+    losses |= {1e-6: 1.5, 1e-7: 1.4}
+    assert weight_decay_advice(losses).next == ()
+    assert weight_decay_advice({0.0: 1.0}).next == (1e-3, 1e-4, 1e-5)
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
@@ -86,6 +117,10 @@ def test_momentum_is_left_alone_when_asked():
         (lambda: one_cycle(10, div=0.5), "div must be at least 1"),
         (lambda: one_cycle(10, end=2), r"end must be in \[0, 1\]"),
         (lambda: one_cycle_momentum(10, high=0.8, low=0.9), "low must be at most high"),
+        (lambda: weight_decay_advice({-1e-3: 1.0}), "weight decays must be at least 0 and finite, got -0.001"),
+        (lambda: weight_decay_advice({1e-3: math.nan}), "no loss is finite"),
+        (lambda: weight_decay_advice(model="wide"), "unknown model 'wide'"),
+        (lambda: weight_decay_advice(finest=1), "finest must be above 1"),
         (lambda: OneCycleLR(torch.optim.Adagrad([torch.nn.Parameter(torch.ones(1))]), 10), "no momentum to cycle"),
     ],
 )

@@ -8,16 +8,20 @@ Smith 2018 (arXiv:1803.09820), sections 4.2 and 4.3: straight lines, the three p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
 from trimtab.card import Card, Default, Paper
-from trimtab.errors import UsageError
+from trimtab.errors import UsageError, choose
 from trimtab.schedule._shape import Shape, fraction, whole
 from trimtab.schedule.schedule_lr import ScheduleLR
 
-__all__ = ["OneCycleLR", "one_cycle", "one_cycle_momentum"]
+__all__ = ["DecayAdvice", "OneCycleLR", "one_cycle", "one_cycle_momentum", "weight_decay_advice"]
+
+_GRIDS = {"shallow": (1e-2, 1e-3, 1e-4), "unknown": (1e-3, 1e-4, 1e-5, 0.0), "deep": (1e-4, 1e-5, 1e-6, 0.0)}
 
 
 def one_cycle(total: int, *, end: float = 0.1, div: float = 10.0, final_div: float = 100.0) -> Shape:
@@ -145,6 +149,80 @@ class OneCycleLR(ScheduleLR):
         return {name: value for name, value in super().state_dict().items() if name != "momentum"}
 
 
+@dataclass(frozen=True)
+class DecayAdvice:
+    """Which weight decays to try next.
+
+    Attributes:
+        best: the one of the lowest loss so far; None before the first runs.
+        next: decays to try, largest first; none once the best one's neighbours are close.
+        why: in words.
+    """
+
+    best: float | None
+    next: tuple[float, ...]
+    why: str
+
+
+def weight_decay_advice(
+    losses: Mapping[float, float] | None = None, *, model: str = "unknown", finest: float = 10**0.5
+) -> DecayAdvice:
+    """Say which weight decays to try with 1cycle, by the validation losses of short runs.
+
+    Weight decay stays constant in a run; a few epochs tell good values from bad ones. First a grid by the model's size,
+    then past an edge while the best value is there, then halfway between the best value's and its neighbours'
+    exponents.
+
+    Args:
+        losses: from a weight decay to a validation loss early in training, all from runs of one length, learning rate
+            and momentum; a run that diverged has one that is not finite.
+        model: `"shallow"`, `"deep"` or `"unknown"`: of the first grid, deep models and large data need less decay.
+        finest: ratio of neighbours, above 1, at which the search ends.
+
+    Returns:
+        The best decay so far, and those to try next.
+
+    Raises:
+        UsageError: if an argument breaks its rule, or no loss is finite.
+
+    Example:
+        >>> weight_decay_advice().next
+        (0.001, 0.0001, 1e-05, 0.0)
+        >>> advice = weight_decay_advice({1e-3: 0.9, 1e-4: 0.7, 1e-5: 0.8, 0: 0.85})
+        >>> advice.best, [f"{decay:.2g}" for decay in advice.next]
+        (0.0001, ['0.00032', '3.2e-05'])
+
+    References:
+        Smith 2018, arXiv:1803.09820, section 4.4.
+    """
+    choose("model", model, _GRIDS)
+    if not isinstance(finest, (int, float)) or not 1 < finest < math.inf:
+        raise UsageError(f"finest must be above 1 and finite, got {finest!r}.")
+    if not losses:
+        return DecayAdvice(None, _GRIDS[model], f"a first grid for a model of {model} depth")
+    if wrong := [decay for decay in losses if not 0 <= decay < math.inf]:
+        raise UsageError(f"weight decays must be at least 0 and finite, got {wrong[0]!r}.")
+    finite = {decay: loss for decay, loss in losses.items() if math.isfinite(loss)}
+    if not finite:
+        raise UsageError("no loss is finite: lower the learning rate before the weight decay is looked at.")
+    best = min(finite, key=lambda decay: (finite[decay], decay))
+    above = min((decay for decay in losses if decay > best), default=None)
+    below = max((decay for decay in losses if decay < best), default=None)
+    if best == 0:
+        if above is None:
+            return DecayAdvice(best, _GRIDS[model][:-1], "no decay was tried")
+        return DecayAdvice(best, (above / 10,) if above > 1e-7 else (), "no decay is best: less than the least")
+    if above is None or below is None:
+        edge = 10 * best if above is None else best / 10
+        return DecayAdvice(best, (edge,), "the best decay is at an edge")
+    # Towards a neighbour 0, which has no exponent, one goes down by ten.
+    wide = [other for other in (above, below) if other == 0 or max(other / best, best / other) > finest * (1 + 1e-9)]
+    halfway = tuple(best / 10 if other == 0 else math.sqrt(best * other) for other in wide)
+    return DecayAdvice(
+        best, halfway, "halfway to its neighbours in the exponent" if wide else "its neighbours are close"
+    )
+
+
 def _phases(total: int, end: float) -> tuple[int, int]:
     whole("total", total, 3)
     after = max(2, round(total * (1 - fraction("end", end))))
@@ -168,14 +246,18 @@ CARD = Card(
         Default("end", 0.1, "ours: the paper says 'a little smaller than the total number'"),
         Default("div", 10.0, "paper: 'usually 1/3 or 1/4 of', and a factor of 10 or 20 in its text"),
         Default("final_div", 100.0, "paper: 'several orders of magnitude less'"),
+        Default("weight decay", (1e-3, 1e-4, 1e-5, 0.0), "paper, section 4.4 (recalled): the grid of a first search"),
     ),
     verified={
-        "equation": ("tests/schedule/test_one_cycle_policy.py::test_corners_and_straight_lines",),
+        "equation": (
+            "tests/schedule/test_one_cycle_policy.py::test_corners_and_straight_lines",
+            "tests/schedule/test_one_cycle_policy.py::test_weight_decay_is_found_by_halving_exponents",
+        ),
         "reference": ("tests/schedule/test_one_cycle_policy.py::test_equals_torchs_three_phases",),
     },
     deviations=(
-        "Weight decay: the paper advises 1e-3 to 1e-6 by size and architecture, found by a short grid at a constant "
-        "value with this schedule; it is not changed here.",
+        "Weight decay is constant in a run and is not changed by the schedule: weight_decay_advice says which values "
+        "to try. Its grids and the halving of exponents are the paper's, going past an edge by ten is ours.",
         "The paper's numbers for the ends differ from figure to figure; they were recalled, not read again.",
     ),
 )

@@ -20,6 +20,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from typer.main import get_command
 
+from trimtab.bench import SUITE
 from trimtab.card import Card, Paper
 from trimtab.catalogue import methods
 from trimtab.cli.app import app
@@ -304,7 +305,87 @@ def conformance() -> str:
     return source + "\n\n" + table(("ours", "peer", "settings", "dtype", "drift", "verdict"), lines)
 
 
+def bench_tasks() -> str:
+    """Return the table of the benchmark's tasks."""
+    rows = []
+    for task in SUITE:
+        settings = task.settings()
+        size = f"{settings.steps} steps of {settings.batch_size}"
+        rows.append(
+            (task.name, f"[{task.workload}](workloads.md#{task.workload})", prose(task.shows), size, task.metric)
+        )
+    return table(("task", "workload", "shows", "run", "what counts"), rows)
+
+
+def bench_results() -> str:
+    """Return the benchmark's results: against AdamW, task by task, and the scores of the performance profile."""
+    if not (ROOT / "benchmarks" / "results" / "bench.json").exists():
+        return "No contender has been measured yet.\n"
+    result, source = measured("bench")
+    rows = result["contenders"]
+    against = {row["arm"]: row["judgements"][0] for row in rows if row["judgements"]}
+    scores = {
+        unit: {entry["label"]: entry["score"] for entry in result["profiles"][unit]["contenders"]}
+        for unit in ("steps", "cpu")
+    }
+    head = (
+        "arm",
+        "better",
+        "no evidence",
+        "worse",
+        "speed-up, steps",
+        "speed-up, CPU time",
+        "score, steps",
+        "score, CPU",
+    )
+    overall = []
+    for row in rows:
+        arm, found = row["arm"], against.get(row["arm"])
+        words = [entry["verdict"] for entry in found["tasks"]] if found else []
+        counts = [str(words.count(word)) if found else "" for word in ("better", "no evidence", "worse")]
+        speeds = [_speed(found[f"speed_{unit}"]) if found else "baseline" for unit in ("steps", "cpu")]
+        overall.append((f"`{arm}`", *counts, *speeds, *(_rounded(scores[unit].get(arm)) for unit in ("steps", "cpu"))))
+    parts = [source, f"### Against AdamW\n\n{table(head, overall)}"]
+    parts += [f"### {task.name}\n\n{_bench_task(rows, against, task.name)}" for task in SUITE]
+    return "\n\n".join(parts)
+
+
+def _bench_task(rows: list[dict[str, Any]], against: dict[str, Any], name: str) -> str:
+    """Return the table of one task."""
+    lines = []
+    for row in rows:
+        own = next((found for found in row["tasks"] if found["task"] == name), None)
+        if own is None:
+            lines.append((f"`{row['arm']}`", prose(row["left_out"].get(name, "")), "", "", "", "", "", ""))
+            continue
+        found = next((one for one in against.get(row["arm"], {"tasks": ()})["tasks"] if one["task"] == name), None)
+        mean = found["mean"] if found else sum(own["values"]) / len(own["values"])
+        verdict, difference, speed = "baseline", "", ""
+        if found:
+            pair = found["pair"]
+            verdict = f"{found['verdict']} (n={pair['n']}, p={found['p']:.2g})"
+            difference = f"{pair['mean']:+.3g} [{pair['low']:+.3g}, {pair['high']:+.3g}]"
+            speed = "" if found["speed_steps"] is None else f"{found['speed_steps']:.2f}"
+        best = f"{own['best']['lr']:.2g}" + (" (edge)" if own["lr_at_edge"] else "")
+        logit = own["mechanism"].get("attention_max_logit")
+        lost = f"{own['diverged_points']}/{own['tuning_points']}"
+        lines.append((f"`{row['arm']}`", f"{mean:.4g}", difference, verdict, speed, best, lost, _rounded(logit)))
+    head = ("arm", "mean", "difference", "verdict", "speed-up", "best lr", "diverged points", "largest attention logit")
+    return table(head, lines)
+
+
+def _speed(found: dict[str, Any]) -> str:
+    flag = "" if found["credible"] else ", look for a mistake first"
+    return f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f}{flag})" if found["tasks"] else "none"
+
+
+def _rounded(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    "bench-tasks": bench_tasks,
+    "bench-results": bench_results,
     "optimizer-cost": optimizer_cost,
     "conformance": conformance,
     "signals": signals,

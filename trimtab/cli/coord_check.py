@@ -44,7 +44,7 @@ def coord_check(
     use_threads()
     from trimtab.compare.store import read_json
     from trimtab.report.coord_check import build_coord_check_report
-    from trimtab.tune.workload_coordinates import RESULTS, workload_coordinate_check
+    from trimtab.tune.scaling.workload_coordinates import RESULTS, workload_coordinate_check
 
     if standard and both:
         raise UsageError("--standard and --both exclude each other: --both is with muP and without.")

@@ -63,13 +63,19 @@ def test_getting_started_code_runs(
     assert list((tmp_path / "runs/second/tensorboard").glob("events.*"))
 
 
+def test_tuning_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    _run(ROOT / "docs" / "tuning.md", tmp_path, monkeypatch)
+    assert "diverged" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page: Path) -> None:
     commands = _commands()
     for words in _invocations(page.read_text(encoding="utf-8")):
         if not words[0].startswith("-"):
             assert words[0] in commands, f"{page.name}: trimtab {words[0]}"
-            options = {word.split("=")[0] for word in words[1:] if re.match(r"--?[a-z]", word)}
+            own = words[: words.index("--")] if "--" in words else words  # what follows is a script's
+            options = {word.split("=")[0] for word in own[1:] if re.match(r"--?[a-z]", word)}
             assert options <= commands[words[0]] | {"--help"}, f"{page.name}: trimtab {' '.join(words)}"
 
 

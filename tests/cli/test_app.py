@@ -22,7 +22,25 @@ from trimtab.cli.app import app
 from trimtab.errors import RunFailedError
 
 _HOME = Path(__file__).resolve().parents[2]
-_COMMANDS = ["compare", "demo", "doctor", "method", "methods", "report", "reproduce", "sweep", "train", "workloads"]
+_COMMANDS = [
+    "bench",
+    "branch",
+    "compare",
+    "coord-check",
+    "demo",
+    "doctor",
+    "forecast",
+    "lr-range",
+    "method",
+    "methods",
+    "pbt",
+    "report",
+    "reproduce",
+    "sweep",
+    "train",
+    "tune",
+    "workloads",
+]
 
 
 def _process(*arguments: str, **options: object) -> subprocess.Popen[str]:

@@ -242,3 +242,33 @@ def test_ctrl_c_ends_the_workers(tmp_path: Path, tasks: Callable[..., Job]) -> N
     assert errors.rstrip().endswith(b"KeyboardInterrupt")
     assert not any(_alive(pid) for pid in _workers(tmp_path))
     assert not list((tmp_path / "out" / "jobs").glob("*.json"))
+
+
+def test_results_stay_valid_when_rooms_above_them_change(monkeypatch, tmp_path):
+    """A training run does not depend on the code that tunes; what tunes depends on the code that trains."""
+    from trimtab.compare import jobs
+
+    home = tmp_path / "trimtab"
+    for place in ("compare/jobs.py", "optim/lion.py", "tune/lr/range.py", "bench/suite.py", "trial.py", "cli/app.py"):
+        (home / place).parent.mkdir(parents=True, exist_ok=True)
+        (home / place).write_text("1")
+    monkeypatch.setattr(jobs, "__file__", str(home / "compare" / "jobs.py"))
+    tasks = ("trimtab.compare.training:train_job", "trimtab.tune.lr:run", "trimtab.bench.runs:run", "elsewhere:run")
+
+    def keys():
+        jobs.fingerprint.cache_clear()
+        return [Job(task, {}, "job").key for task in tasks]
+
+    before, changed = keys(), {}
+    for place in ("optim/lion.py", "tune/lr/range.py", "trial.py", "bench/suite.py", "cli/app.py"):
+        (home / place).write_text("2")
+        changed[place] = [one != two for one, two in zip(before, keys(), strict=True)]
+        (home / place).write_text("1")
+    jobs.fingerprint.cache_clear()
+    assert changed == {
+        "optim/lion.py": [True, True, True, True],
+        "tune/lr/range.py": [False, True, True, True],
+        "trial.py": [False, True, True, True],
+        "bench/suite.py": [False, False, True, True],
+        "cli/app.py": [False, False, False, False],
+    }

@@ -24,7 +24,10 @@ from trimtab.errors import RunFailedError, UsageError
 from trimtab.record.environment import processor
 
 _BYSTANDERS = ("cli", "diagnose", "integrations", "report", "testing")
-"""Rooms that cannot change what a training job returns, so that work on them keeps finished jobs valid."""
+"""Rooms that cannot change what a job returns, so that work on them keeps finished jobs valid."""
+
+_STOREYS = (("tune", "trial.py"), ("bench",))
+"""Rooms above `compare`, in the order in which they build on each other: a task depends on those up to its own."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Job:
     @property
     def key(self) -> str:
         """The job's file name: its name and a hash of everything that its result depends on."""
-        identity = json.dumps([self.task, self.name, self.arguments, fingerprint()], sort_keys=True)
+        identity = json.dumps([self.task, self.name, self.arguments, fingerprint(_above(self.task))], sort_keys=True)
         digest = hashlib.sha256(identity.encode()).hexdigest()[:12]
         return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', self.name)[:80]}-{digest}"
 
@@ -183,14 +186,27 @@ class _Counter:
         )
 
 
+def _above(task: str) -> tuple[str, ...]:
+    """Return the rooms that a task cannot depend on, because they build on the one it is in."""
+    room = task.partition(":")[0].split(".")[1] if task.startswith("trimtab.") else ""
+    own = next((place for place, rooms in enumerate(_STOREYS) if room in rooms), None)
+    if own is None:
+        own = -1 if room == "compare" else len(_STOREYS)
+    return tuple(name for rooms in _STOREYS[own + 1 :] for name in rooms)
+
+
 @functools.cache
-def fingerprint() -> str:
-    """Return a hash of what a result depends on besides its settings: code, torch, numpy, Python and the CPU."""
+def fingerprint(above: tuple[str, ...] = ()) -> str:
+    """Return a hash of what a result depends on besides its settings: code, torch, numpy, Python and the CPU.
+
+    Args:
+        above: rooms to leave out, besides those that no result depends on.
+    """
     home = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(home.rglob("*.py")):
         place = path.relative_to(home)
-        if place.parts[0] not in _BYSTANDERS:
+        if place.parts[0] not in (*_BYSTANDERS, *above):
             digest.update(f"{place.as_posix()}\0".encode() + path.read_bytes() + b"\0")
     for package in ("torch", "numpy"):
         digest.update(importlib.metadata.version(package).encode())

@@ -202,6 +202,6 @@ CARD = Card(
         "Trials of cooldowns and second stages are hundredths; the authors' scripts try 33 values of a coarser one.",
         "Measured (benchmarks/convex_bound.py, lm-small, batch 8, n=2): no evidence here. Losses of six schedules at "
         "400 steps do not follow its order (6 of 15 pairs agree), and the rates it transfers miss the measured best "
-        "by 0.15 decade (schedules) and 0.33 (runs of 200 to 800 steps), where keeping the rate misses by 0.04 and 0.11.",
+        "by 0.15 decade (schedules) and 0.33 (runs of 200 to 800 steps), where keeping the rate misses 0.04 and 0.11.",
     ),
 )

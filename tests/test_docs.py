@@ -68,6 +68,10 @@ def test_tuning_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "diverged" in capsys.readouterr().out
 
 
+def test_losses_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _run(ROOT / "docs" / "losses.md", tmp_path, monkeypatch)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_and_options_exist(page: Path) -> None:
     commands = _commands()

@@ -1,7 +1,8 @@
 """What a trial of a tuning costs beyond its training, against bare Optuna with the same objective and sampler.
 
 Run: python benchmarks/tune_overhead.py [--trials 30] [--repetitions 5]
-Writes benchmarks/results/tune_overhead.json. The bound: below 50 ms a trial.
+Writes benchmarks/results/tune_overhead.json. The bound: below 50 ms a trial, by the wall clock and by CPU time, each
+judged by itself; the machine's load is written beside them.
 
 Both sides train `tabular` for the same few steps with the default watch, one after the other in this process. Bare
 Optuna keeps its study in memory; ours writes the journal, takes and hands in each trial under a lock, draws by trial
@@ -11,6 +12,7 @@ seeds, and has the doctor examine every record. The sides take turns.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -57,6 +59,7 @@ def measure(trials: int, repetitions: int) -> dict[str, Any]:
     for side in sides.values():
         with tempfile.TemporaryDirectory() as folder:
             side(Path(folder), 3, 0)
+    load = os.getloadavg()[0]
     for repetition in range(repetitions):
         for name in sides if repetition % 2 == 0 else reversed(sides):
             with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +74,8 @@ def measure(trials: int, repetitions: int) -> dict[str, Any]:
         more = [a - b for a, b in zip(times["trimtab"][clock], times["optuna"][clock], strict=True)]
         result[f"{clock}_ms_per_trial"] = {name: statistics.median(times[name][clock]) for name in sides}
         result[f"{clock}_ms_overhead"] = {"median": statistics.median(more), "low": min(more), "high": max(more)}
-    result["met"] = result["cpu_ms_overhead"]["median"] < result["bound_ms"]
+    result["load"] = {"before": load, "after": os.getloadavg()[0], "cores": os.cpu_count()}
+    result["met"] = {clock: result[f"{clock}_ms_overhead"]["median"] < result["bound_ms"] for clock in ("wall", "cpu")}
     return result
 
 

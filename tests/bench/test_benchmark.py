@@ -61,9 +61,9 @@ def test_tuned_baselines_are_kept_and_nothing_is_run_twice(result: Benchmark, fo
 
 
 def test_missing_baselines_are_asked_for(result: Benchmark, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"not tuned in .*: run trimtab bench --tune-baselines --quick first"):
+    with pytest.raises(UsageError, match=r"not tuned in .*: run trimtab bench --tune-baselines --quick --out .* first"):
         bench("lion", folder=tmp_path, only=ONLY, quick=True)
-    with pytest.raises(UsageError, match=r"--tune-baselines first"):  # the quick ones are not the protocol's
+    with pytest.raises(UsageError, match=r"--tune-baselines --out .* first"):  # the quick ones are not the protocol's
         bench("lion", folder=folder, only=ONLY)
     with pytest.raises(UsageError, match="not tuned"):  # nor those of another task
         bench("lion", folder=folder, only=["digits-cnn"], quick=True)
@@ -78,11 +78,24 @@ def test_refused_before_anything_is_run(tmp_path: Path) -> None:
 
 def test_an_arm_is_left_out_where_its_remedy_has_nothing_to_change() -> None:
     contender = Contender.parse("adamw", remedies=["qk-norm"])
-    possible, left_out = possible_tasks(contender, tasks(["attention-growth", "digits-mlp"]), quick=True)
+    possible, left_out = possible_tasks(contender, tasks(["attention-growth", "digits-mlp"]), QUICK)
     assert [task.name for task in possible] == ["attention-growth"]
     assert "no attention to change" in left_out["digits-mlp"]
     with pytest.raises(UsageError, match="runs on no task"):
-        possible_tasks(contender, MLP, quick=True)
+        possible_tasks(contender, MLP, QUICK)
+
+
+def test_an_arm_is_left_out_where_its_curriculum_does_not_fit_the_data() -> None:
+    contender = Contender.parse("adamw", remedies=["length-warmup"])
+    possible, left_out = possible_tasks(contender, tasks(["heavy-tailed", "digits-mlp"]), QUICK)
+    assert [task.name for task in possible] == ["heavy-tailed"]
+    assert "needs token batches" in left_out["digits-mlp"]
+
+
+def test_an_arm_whose_tuning_would_go_where_it_cannot_is_refused_before_baselines_are_tuned(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="more than the 300 steps"):
+        bench("adamw,schedule=wsd,schedule.decay=0.9", folder=tmp_path / "none", only=ONLY, tune_baselines=True)
+    assert not (tmp_path / "none").exists()
 
 
 def made_up(jobs: list[Job]) -> list[dict]:

@@ -9,7 +9,7 @@ import pytest
 
 from trimtab.bench import task
 from trimtab.bench.cost import cost_job, measure
-from trimtab.bench.runs import Ended, run, run_job
+from trimtab.bench.runs import Ended, loaded, run, run_job
 from trimtab.workloads import Settings, train, workload
 
 MLP = task("digits-mlp")
@@ -96,3 +96,19 @@ def test_the_cost_of_a_step_is_relative_and_measured_in_turns(tmp_path: Path) ->
     larger = settings.replace(batch_size=1024)
     found = measure(cost_job(MLP, settings, larger).arguments, tmp_path, lambda step, loss: None)
     assert found["ratio"] > 1.5
+
+
+def test_the_cost_of_a_step_is_that_of_the_whole_run(tmp_path: Path) -> None:
+    """A curriculum that is cheap at first is not charged its first steps alone, nor its last."""
+    settings = MLP.settings().replace(batch_size=1024)
+    job = loaded("digits-mlp")
+    seen: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            job, "batch", lambda seed, step, size: seen.append(step) or type(job).batch(job, seed, step, size)
+        )
+        measure(cost_job(MLP, settings, settings).arguments, tmp_path, lambda step, loss: None)
+    measured = sorted(set(seen) - {0})
+    assert len(measured) == 8
+    assert sum(measured) / 8 == pytest.approx(settings.steps / 2, rel=0.02)
+    assert seen.count(measured[0]) == seen.count(measured[-1])

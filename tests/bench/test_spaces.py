@@ -76,6 +76,18 @@ def test_total_decay_is_what_decoupled_decay_takes_from_the_logarithm_of_a_weigh
     assert float(weight.detach().log()) == pytest.approx(-0.5, rel=0.01)
 
 
+def test_an_arm_begins_with_its_optimizer() -> None:
+    for arm in ("optimizer=lion", "beta2=0.9", "with=z-loss"):
+        with pytest.raises(UsageError, match="unknown optimizer"):
+            Contender.parse(arm)
+
+
+def test_blanks_in_an_arm_mean_nothing() -> None:
+    found = Contender.parse(" schedule-free , schedule=cosine")
+    assert found == Contender.parse("schedule-free,schedule=cosine")
+    assert found.settings(MLP).schedule == "cosine"
+
+
 def test_own_schedules_come_with_their_optimizers() -> None:
     assert Contender.parse("schedule-free").settings(MLP).schedule == "constant"
     assert Contender.parse("schedule-free,schedule=cosine").settings(MLP).schedule == "cosine"

@@ -102,8 +102,8 @@ def test_baselines_alone(trimtab: Callable[..., Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["bench", "lion", "--task=digits-mlp"], "run trimtab bench --tune-baselines first"),
-        (["bench", "lion", "--task=digits-mlp", "--quick"], "--tune-baselines --quick first"),
+        (["bench", "lion", "--task=digits-mlp"], "run trimtab bench --tune-baselines --out runs/bench first"),
+        (["bench", "lion", "--task=digits-mlp", "--quick"], "--tune-baselines --quick --out runs/bench first"),
         (["bench"], "give an arm to measure"),
         (["bench", "--with=qk-norm"], "belong to an arm"),
         (["bench", "adamw"], "is a baseline itself"),

@@ -37,7 +37,21 @@ def test_a_forecast_is_made_and_checked(trimtab: Callable[..., Any]) -> None:
         (["--at-lr=0.1", "--check"], "goes without --at-width and --check"),
         (["--width=8;16"], "widths are whole numbers"),
         (["--lr=1"], "LOW:HIGH"),
+        (["--degree=3"], "degree of a forecast is 1 or 2"),
+        (["--threshold=nan"], "threshold of a forecast must be finite"),
+        (["--at-lr=nan", "--width=16,32"], "--at-lr must be finite and above 0"),
+        (["--at-lr=0.1", "--width=16"], "two or more widths"),
+        (["--at-width=64"], "two or more widths"),
     ],
 )
 def test_wrong_use_is_refused(arguments: list[str], text: str, refused: Callable[..., str]) -> None:
     assert text in refused("forecast", "digits-vit", "--steps=2", *arguments)
+    assert not Path("runs").exists()
+
+
+def test_a_workload_without_attention_is_told_so(trimtab: Callable[..., Any]) -> None:
+    found = trimtab("forecast", "digits-mlp", "--steps=4", "--points=2", "--workers=1")
+    assert found.code == 2
+    said = found.err.splitlines()[-1]
+    assert said.startswith("trimtab: the runs have no signal 'attention_max_logit' above 0. Recorded: ")
+    assert "grad_norm" in said

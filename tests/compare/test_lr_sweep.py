@@ -155,7 +155,7 @@ def test_the_own_size_is_not_trained_again(tmp_path: Path) -> None:
     ("sizes", "match"),
     [
         ({"widths": [0]}, "a width is a whole number of at least 1, got 0"),
-        ({"widths": [8, 8]}, "different widths, got 8, 8"),
+        ({"widths": [8, 8]}, "different widths, got 8 twice"),
         ({"depths": [1.5]}, "a depth is a whole number"),
         ({"widths": [8], "arms": ["adamw,width=4"]}, "sets a width: the sweep does"),
         ({"depths": [3], "workload": "digits-cnn"}, "has no depth"),

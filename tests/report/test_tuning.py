@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from trimtab.report.tuning import build_tuning_report
 
 EVIL = "<script>alert(1)</script>"
@@ -71,3 +73,10 @@ def test_an_empty_or_damaged_tuning_still_gives_a_page(tmp_path: Path) -> None:
     page = build_tuning_report(damaged, tmp_path / "b.html").read_text()
     assert "No trial has a value." in page
     assert "Too few trials for shares." in page
+
+
+@pytest.mark.parametrize("value", [1e300, -1e17, 0.0])
+def test_a_lone_trial_of_any_size_has_its_place(tmp_path: Path, value: float) -> None:
+    trials = [{"number": 0, "status": "finished", "value": value, "values": {"x": value}, "ranked": True}]
+    page = build_tuning_report({"subject": "x", "trials": trials}, tmp_path / "a.html").read_text()
+    assert page.count("<title>trial 0") == 2

@@ -32,6 +32,14 @@ def test_rate_over_batch_is_that_of_the_decay(batch, times, warmup, kind):
     assert all(sizes(step) <= sizes(step + 1) for step in range(80))
 
 
+def test_a_warm_up_from_0_is_one_of_the_rate():
+    decay = Shape("rises", lambda step: min(1.0, step / 4) * 0.5 ** (max(0, step - 6) // 2), 12, ())
+    sizes, rate = increase_batch(decay, 8, largest=32)
+    assert [sizes(step) for step in range(11)] == [8, 8, 8, 8, 8, 8, 8, 8, 16, 16, 32]
+    assert [rate(step) for step in (0, 2, 4, 10)] == [0, 0.5, 1, 1]
+    assert sizes.ramp == 10
+
+
 def test_a_step_decay_becomes_steps_of_the_batch():
     """The paper's figure 1: learning rates divided by 5 at each milestone become batches multiplied by 5."""
     decay = Shape("steps", lambda step: 0.2 ** min(3, step // 60), 200, ())

@@ -162,6 +162,19 @@ def test_a_weight_at_zero_that_stays_has_not_moved():
     assert freezing.distances["0.weight"] == pytest.approx(moved / 2)
 
 
+def test_a_layer_at_zero_that_stays_has_distance_0_in_the_norm_too():
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False))
+    nn.init.zeros_(model[0].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    freezing = LayerFreezing(model, optimizer, rate=0.5, distance="norm")
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.zeros(1, 2)).sum().backward()
+        optimizer.step()
+        freezing.step()
+    assert freezing.distances == {"0.weight": 0.0, "1.weight": 0.0}
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [

@@ -73,6 +73,12 @@ def test_what_cannot_be_is_refused_in_one_line(arm, text):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("schedule", ["wsd", "cosine", "constant"])
+def test_an_option_that_a_schedule_does_not_have_is_refused_in_one_line(schedule):
+    with pytest.raises(UsageError, match="nope"):
+        DEFAULTS.replace(schedule=schedule, **{"schedule.nope": "1"})
+
+
 def test_another_schedule_starts_without_the_options_of_the_last():
     settings = parse_arm("schedule=wsd,schedule.decay=0.3", DEFAULTS)
     assert settings.replace(schedule="linear").schedule_options == ()

@@ -398,6 +398,13 @@ def test_remedy_that_finds_nothing_to_change_is_one_line(tmp_path: Path) -> None
     assert not (tmp_path / "run").exists()
 
 
+def test_a_curriculum_that_does_not_fit_the_data_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    job = workload("digits-mlp")
+    with pytest.raises(UsageError, match="needs token batches"):
+        train(job, job.defaults.replace(remedies=("length-warmup",), steps=2), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_too_large_a_batch_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     job, settings = short("tabular", batch_size=10_000)
     with pytest.raises(UsageError, match="exceeds"):

@@ -45,7 +45,7 @@ def kept(folder: str | Path, tasks: Sequence[Task], budget: Budget) -> dict[str,
         profile = " --quick" if budget.quick else ""
         raise UsageError(
             f"the baselines ({' and '.join(BASELINES)}) are not tuned in {folder} for this code, torch and CPU: "
-            f"run trimtab bench --tune-baselines{profile} first."
+            f"run trimtab bench --tune-baselines{profile} --out {folder} first."
         ) from None
 
 

@@ -103,7 +103,7 @@ def bench(
         raise UsageError("give an arm to measure, or --tune-baselines.")
     run = runner(folder, workers=workers, progress=progress)
     if contender is not None:
-        possible_tasks(contender, suite, quick=quick)  # a wrong arm is refused before the baselines are tuned
+        possible_tasks(contender, suite, budget)  # a wrong arm is refused before the baselines are tuned
     baselines = tuned(suite, budget, run) if tune_baselines else kept(folder, suite, budget)
     candidate = None
     if contender is not None:

@@ -12,9 +12,11 @@ from trimtab.bench.cost import cost_job
 from trimtab.bench.runs import Ended, loaded, run_job
 from trimtab.bench.spaces import Contender
 from trimtab.bench.suite import Task
-from trimtab.compare import Arm, Job, Progress, run_jobs
+from trimtab.compare import Job, Progress, run_jobs
 from trimtab.errors import UsageError
 from trimtab.workloads import Settings
+from trimtab.workloads.session import Session
+from trimtab.workloads.workload import seeded
 
 TUNING_SEED = 1000
 """The seed of every tuning run, none of those that count."""
@@ -200,7 +202,7 @@ def measure(
         UsageError: if the arm can run on none of the tasks.
         RunFailedError: if runs failed.
     """
-    possible, left_out = possible_tasks(contender, tasks, quick=budget.quick)
+    possible, left_out = possible_tasks(contender, tasks, budget)
     points = {task.name: contender.points(task, budget.points) for task in possible}
     tuning = [
         run_job(
@@ -257,18 +259,21 @@ def _at(contender: Contender, task: Task, point: Mapping[str, float], budget: Bu
     return contender.at(task, point, quick=budget.quick)
 
 
-def possible_tasks(contender: Contender, tasks: Sequence[Task], *, quick: bool) -> tuple[list[Task], dict[str, str]]:
+def possible_tasks(contender: Contender, tasks: Sequence[Task], budget: Budget) -> tuple[list[Task], dict[str, str]]:
     """Return the tasks that the arm can run on, and why it cannot run on the others.
 
     Raises:
-        UsageError: if it can run on none.
+        UsageError: if it can run on none, or its tuning would go where its settings do not fit together.
     """
     possible: list[Task] = []
     left_out: dict[str, str] = {}
     for task in tasks:
-        settings = contender.settings(task, quick=quick)  # a wrong arm is refused, whatever the task
+        settings = contender.settings(task, quick=budget.quick)  # a wrong arm is refused, whatever the task
+        for point in contender.points(task, budget.points):
+            _at(contender, task, point, budget)
         try:
-            Arm(contender.arm, settings).check(loaded(task.workload))
+            with seeded(settings.seed):
+                Session(loaded(task.workload), settings, {})
         except UsageError as error:
             left_out[task.name] = str(error)
         else:

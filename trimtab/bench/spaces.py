@@ -28,7 +28,7 @@ from torch import nn
 from trimtab.bench.suite import Task
 from trimtab.errors import UsageError
 from trimtab.workloads import Settings, parse_arm
-from trimtab.workloads.optimizers import make_optimizer, taken_moments
+from trimtab.workloads.optimizers import make_optimizer, optimizer_class, taken_moments
 from trimtab.workloads.schedules import takes_warmup
 
 LR = (1e-4, 1e-1)
@@ -98,9 +98,12 @@ class Contender:
         """Read an arm, with remedies to add to it.
 
         Raises:
-            UsageError: if the arm sets what the protocol sets, or the range is none.
+            UsageError: if the arm begins with no optimizer, sets what the protocol sets, or the range is none.
         """
-        text = ",".join([arm.strip(), *(f"with={name.strip()}" for name in remedies)])
+        text = ",".join([*(part.strip() for part in arm.split(",")), *(f"with={name.strip()}" for name in remedies)])
+        optimizer = text.partition(",")[0]
+        if optimizer:  # an empty arm is refused when it is read as settings
+            optimizer_class(optimizer)
         names = _names(text)
         if "lr" in names:
             raise UsageError(
@@ -109,7 +112,6 @@ class Contender:
         for name in _FIXED:
             if name in names:
                 raise UsageError(f"the arm {text!r} sets {name}: the suite fixes it, so leave it out.")
-        optimizer = text.partition(",")[0]
         low, high = lr or LR_OF.get(optimizer, LR)
         if not 0 < low < high < math.inf:
             raise UsageError(f"a range of learning rates rises from above 0, got {low:g}:{high:g}.")
@@ -127,7 +129,7 @@ class Contender:
             UsageError: if the arm cannot be read.
         """
         base = task.settings(quick=quick)
-        own = {part.partition("=")[0] for part in self.arm.split(",")}
+        own = _names(self.arm)
         preset = [part for part in PRESETS.get(self.optimizer, "").split(",") if part and part.split("=")[0] not in own]
         found = parse_arm(",".join([self.arm, *preset]), base)
         return found if _decays(task, found) else found.replace(weight_decay=0.0)

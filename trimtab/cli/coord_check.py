@@ -40,7 +40,7 @@ def coord_check(
     out: Annotated[Path | None, typer.Option(help="Folder of results; runs/coord-check-WORKLOAD.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Train a workload at several widths for a few steps, with muP. Exit code 1 if a layer grows or vanishes."""
+    """Train a workload at several widths for a few steps, with muP. Exit code 1 if a layer then grows or vanishes."""
     use_threads()
     from trimtab.compare.store import read_json
     from trimtab.report.coord_check import build_coord_check_report

@@ -52,15 +52,17 @@ def forecast(
     from trimtab.compare import log_grid, sweep
     from trimtab.compare.store import strict
     from trimtab.record.files import write_whole
-    from trimtab.tune import forecast_lr, forecast_width
+    from trimtab.tune import forecast_instability, forecast_lr, forecast_width
 
     if at_lr is not None and (at_width is not None or check):
         raise UsageError("--at-lr forecasts a width: it goes without --at-width and --check.")
     grid = log_grid(lr, points)
     widths = whole_numbers(width, "width")
+    _check_target(at_width, at_lr, widths)
     folder = out or Path("runs") / f"forecast-{workload}"
     crossed = (1e-8 if signal == "gradient_rms" else 1e3) if threshold is None else threshold
     options: dict[str, Any] = {"signal": signal, "threshold": crossed, "degree": degree}
+    forecast_instability([], [], **options)  # a wrong option is refused before anything is trained
     trained: dict[str, Any] = {"arms": [arm] if arm else (), "seeds": seeds, "steps": steps}
     trained |= {"workers": workers, "text": text}
     with resumable(folder), Meter(f"training {workload} at stable learning rates") as meter:
@@ -104,6 +106,19 @@ def forecast(
         say(f"runs and forecast.json: {folder}")
     if all(entry.prediction is None for entry in found):
         raise typer.Exit(1)
+
+
+def _check_target(at_width: int | None, at_lr: float | None, widths: list[int]) -> None:
+    """Refuse what the runs could not tell, before they are trained.
+
+    Raises:
+        UsageError: if the forecast is for a rate or a width that a fit cannot reach from these widths.
+    """
+    if at_lr is not None and not 0 < at_lr < math.inf:
+        raise UsageError(f"--at-lr must be finite and above 0, got {at_lr}.")
+    if len(widths) < 2 and (at_lr is not None or (at_width is not None and at_width not in widths)):
+        wanted = "--at-lr" if at_lr is not None else f"--at-width {at_width}"
+        raise UsageError(f"{wanted} needs runs at two or more widths: give them, as in --width 32,64.")
 
 
 def _near(found: InstabilityForecast, grid: tuple[float, ...]) -> tuple[float, ...]:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trimtab.catalogue import method
 from trimtab.errors import UsageError
-from trimtab.remedy import apply
 from trimtab.workloads import Settings, Workload, parse_arm
-from trimtab.workloads.optimizers import make_optimizer
-from trimtab.workloads.session import base_for
+from trimtab.workloads.session import Session
+from trimtab.workloads.workload import seeded
 
 
 @dataclass(frozen=True)
@@ -44,16 +42,9 @@ class Arm:
         """Try the arm out on a new model, so that what cannot run is refused before hours of training.
 
         Raises:
-            UsageError: if a remedy finds nothing to change in the workload's model, the optimizer refuses a value, or a
-                batch is too large.
+            UsageError: if a remedy finds nothing to change in the workload's model or batches, the optimizer refuses a
+                value, or a batch is too large.
         """
-        settings = self.settings
-        workload.batch(settings.seed, 0, settings.batch_size)
-        model = workload.model(settings.seed, width=settings.width, depth=settings.depth)
-        for name in settings.remedies:
-            card = method(name)
-            if card.acts_on == "model":
-                apply(model, name, **base_for(name, workload, self.settings))
-            elif card.acts_on == "settings" and card.apply is not None:
-                settings = Settings(**dict(card.apply(settings.model_dump())))
-        make_optimizer(model, settings)
+        workload.batch(self.settings.seed, 0, self.settings.batch_size)
+        with seeded(self.settings.seed):
+            Session(workload, self.settings, {})

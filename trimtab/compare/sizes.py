@@ -66,9 +66,9 @@ def sizes(widths: Sequence[int], depths: Sequence[int], arms: Sequence[Arm]) -> 
         if any(isinstance(value, bool) or not isinstance(value, int) or value < 1 for value in values):
             raise UsageError(f"a {name} is a whole number of at least 1, got {', '.join(map(str, values))}.")
         if len(set(values)) != len(values) or len(values) > _MOST:
-            raise UsageError(
-                f"a sweep takes up to {_MOST} different {name}s, got {', '.join(map(str, values[:_MOST]))}."
-            )
+            twice = next((value for value in values if values.count(value) > 1), None)
+            found = f"{len(values)}" if twice is None else f"{twice} twice"
+            raise UsageError(f"a sweep takes up to {_MOST} different {name}s, got {found}.")
         for arm in arms:
             if values and getattr(arm.settings, name):
                 raise UsageError(f"the arm {arm.label!r} sets a {name}: the sweep does, so leave it out.")

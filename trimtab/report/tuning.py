@@ -182,7 +182,8 @@ def _scatter(
     xs, ys = [place(point[0]) for point in points], [point[1] for point in points]
     low, high = (-0.5, len(ticks) - 0.5) if ticks else (min(xs), max(xs))
     bottom, top = min(ys), max(ys)
-    high, top = (high if high > low else low + 1.0), (top if top > bottom else bottom + 1.0)
+    # A lone value still has a span, also where adding 1 to it changes nothing.
+    high, top = (b if b > a else a + max(1.0, abs(a)) for a, b in ((low, high), (bottom, top)))
 
     def x(value: float) -> float:
         return round(_LEFT + (place(value) - low) / (high - low) * (_WIDTH - _LEFT - _RIGHT), 1)

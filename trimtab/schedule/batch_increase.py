@@ -52,6 +52,9 @@ def increase_batch(decay: Shape, batch: int, *, largest: int) -> tuple[Sizes, Sh
     table, peak = [], 0.0
     for factor in factors:
         peak = max(peak, factor)
+        if not peak:  # a warm-up from 0
+            table.append(batch)
+            continue
         # 1 / 0.04 in floating point may end just below 25.
         table.append(largest if factor * largest <= peak * batch else int(batch * (peak / factor) * (1 + 1e-12)))
 

@@ -170,9 +170,10 @@ class LayerFreezing:
 
     def _moved(self, before: Tensor, after: Tensor) -> Tensor:
         change = after.detach() - before
-        if self.distance == "norm":
-            return change.norm() / before.norm()
         # 0 / 0, a weight that is 0 and stays 0, has not moved.
+        if self.distance == "norm":
+            moved = change.norm()
+            return torch.where(moved == 0, moved, moved / before.norm())
         return torch.where(change == 0, torch.zeros_like(change), (change / before).abs()).mean()
 
 

@@ -28,7 +28,8 @@ def checked(owner: str, options: Any, known: Mapping[str, inspect.Parameter]) ->
     for key, value in pairs(options):
         if not known:
             raise UsageError(f"{owner} has no options, got {key!r}.")
-        found[choose(f"option of {owner}", key, known)] = _read(f"{key} of {owner}", value, known[key])
+        choose(f"option of {owner}", key, known)
+        found[key] = _read(f"{key} of {owner}", value, known[key])
     return tuple(sorted(found.items()))
 
 

@@ -108,6 +108,7 @@ class Session:
             raise UsageError(f"{name} cannot be applied to a run.")
         elif card.acts_on == "batches":
             self.batches = card.apply(self.batches, model=self.model, steps=self.settings.steps)
+            self.batches(0)  # data that it cannot work on is refused before anything is written
             self.applied.append((name, {"batches": card.equation}))
         elif card.acts_on == "loss":
             self.loss = card.apply(self.loss)

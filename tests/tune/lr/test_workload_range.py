@@ -11,6 +11,8 @@ from torch import nn
 from trimtab.errors import UsageError
 from trimtab.tune import LRRange, LRRanges, workload_lr_range, workload_lr_ranges
 from trimtab.workloads import parse_arm, workload
+from trimtab.workloads.session import Session
+from trimtab.workloads.workload import seeded
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.05])
@@ -49,6 +51,37 @@ def test_remedies_are_applied():
     plain = workload_lr_range(job, steps=12)
     treated = workload_lr_range(job, parse_arm("adamw,with=stablemax", job.defaults), steps=12)
     assert plain.losses != treated.losses
+
+
+def test_a_curriculum_shapes_the_batches_of_the_test():
+    job = workload("tabular")
+    settings = parse_arm("sgd,with=batch-warmup", job.defaults)
+    with seeded(settings.seed):
+        run = Session(job, settings, {})
+    inputs, targets = run.batches(0)
+    assert len(inputs) < settings.batch_size
+    found = workload_lr_range(job, settings, steps=10)
+    with torch.no_grad():
+        assert found.losses[0] == pytest.approx(float(job.loss(run.model(inputs), targets)), rel=1e-6)
+
+
+def test_rates_are_those_of_the_settings_where_groups_have_more():
+    job = workload("digits-mlp")
+    settings = parse_arm("sgd,momentum=0,width=512,with=mup", job.defaults)
+    found = workload_lr_range(job, settings, lowest=0.01, highest=1.0, steps=10)
+    assert found.lrs[0] == pytest.approx(0.01)
+    with seeded(settings.seed):
+        run = Session(job, settings.replace(lr=0.01), {})
+    assert max(run.shares) == 4
+    run.settings = run.settings.replace(schedule="constant", warmup=0)
+    first = run.step(None, None)
+    assert (found.losses[0], found.losses[1]) == pytest.approx((first, _loss(run, 1)), rel=1e-5)
+
+
+def _loss(run, step):
+    inputs, targets = run.batches(step)
+    with torch.no_grad():
+        return float(run.loss(run.model(inputs), targets))
 
 
 def test_wrong_use_is_one_line():

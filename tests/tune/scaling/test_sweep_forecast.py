@@ -76,6 +76,7 @@ def test_the_width_that_breaks_at_a_rate():
         (lambda: forecast_lr(_sweep(), "adam", width=32), "no arm 'adam'. Valid: adamw"),
         (lambda: forecast_lr(_sweep((32,)), width=64), "two or more other widths"),
         (lambda: forecast_width(_sweep((32,)), 0.01), "two or more widths"),
+        (lambda: forecast_lr(_sweep(), width=32, signal="nope"), "no signal 'nope' above 0. Recorded: attention_max"),
         (lambda: breaks_at([], [], 5.0), "one loss for each point"),
         (lambda: breaks_at([0.1], [1.0], 5.0, share=1.0), "between 0 and 1"),
     ],

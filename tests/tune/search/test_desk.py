@@ -134,6 +134,9 @@ def test_another_plan_is_refused_by_name(desks: Any, tmp_path: Path) -> None:
     with Desk(tmp_path) as third:
         with pytest.raises(UsageError, match="another seed: 0 there, 1 here"):
             third.begin({**PLAN, "seed": 1})
+        space = {"lr": {"low": 1e-4, "high": 0.1, "log": True, "integer": False, "step": 0.0}}
+        with pytest.raises(UsageError, match=r"another space: none there, lr=0\.0001:0\.1:log here"):
+            third.begin({**PLAN, "applies": {"lr": [[]]}, "space": space})
         third.begin(PLAN)
     with Desk(tmp_path / "empty") as empty, pytest.raises(UsageError, match="holds no tuning"):
         empty.plan  # noqa: B018

@@ -188,6 +188,7 @@ def test_worker_processes_share_the_trials(tmp_path: Path, monkeypatch: pytest.M
     assert [trial.attempt for trial in found.trials] == [1, 1, 2, 1, 1, 1]
     assert any("SIGKILL" in note and "run again" in note for note in notes)
     assert all(trial.value == trial.values["x"] ** 2 for trial in found.trials)
+    assert list((tmp_path / "out" / "workers").iterdir()) == [], "what workers needed goes with them"
     sys.modules.pop("shared_cost", None)
 
 
@@ -213,6 +214,12 @@ def test_worker_processes_share_the_trials(tmp_path: Path, monkeypatch: pytest.M
         ({"subject": "nowhere:f", "space": ["lr=1e-3:1"]}, "cannot import the objective"),
         ({"subject": "no-such.py", "arguments": [], "space": ["lr=1e-3:1"]}, "there is no script"),
         ({"subject": cost, "steps": 3, "space": ["x=0:1"]}, "steps belongs to workloads"),
+        ({"subject": cost, "steps": 0, "space": ["x=0:1"]}, "steps belongs to workloads"),
+        ({"subject": cost, "pattern": "x=(.)", "space": ["x=0:1"]}, "pattern belongs to scripts"),
+        ({"space": ["lr=1e-3:1"], "pattern": "x=(.)"}, "pattern belongs to scripts"),
+        ({"space": ["lr=1e-3:1"], "metric": "accuracy"}, "accuracy should be maximized"),
+        ({"space": ["lr=1e-3:1"], "maximize": True}, "loss should not be maximized"),
+        ({"space": ["batch_size=8:16"]}, "batch_size should be a valid integer"),
         ({"subject": lambda trial: 0.0, "space": ["x=0:1"], "workers": 2}, "cannot import the objective"),
     ],
 )

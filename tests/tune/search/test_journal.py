@@ -92,3 +92,20 @@ def test_what_is_no_journal_is_a_record_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RecordError, match="cannot write"):
         open_storage(tmp_path / "file" / "below")
+
+
+def test_a_lock_that_another_took_over_stays(tmp_path: Path) -> None:
+    lock = SharedLock(tmp_path / "lock")
+    lock.acquire()
+    (tmp_path / "lock.link").unlink()
+    os.symlink("elsewhere 1", tmp_path / "lock.link")
+    lock.release()
+    assert os.readlink(tmp_path / "lock.link") == "elsewhere 1"
+
+
+@pytest.mark.parametrize("line", ["garbage", '{"op_code": 99}', "[1, 2]"])
+def test_a_line_that_is_none_of_the_journals_is_a_record_error(tmp_path: Path, line: str) -> None:
+    open_storage(tmp_path)
+    (tmp_path / "journal.log").write_text(f"{line}\n{line}\n")
+    with pytest.raises(RecordError, match=r"journal\.log is not a readable journal"):
+        open_storage(tmp_path).get_all_studies()

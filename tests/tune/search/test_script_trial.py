@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -149,3 +150,58 @@ def test_a_dead_workers_script_is_ended_but_no_other_process(tmp_path: Path) -> 
         assert process.wait(10) == -9
     end_leftover(tmp_path)
     end_leftover(tmp_path / "nothing here")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_script_ends_with_its_worker(tmp_path: Path, how: signal.Signals) -> None:
+    (tmp_path / "train.py").write_text("import time\ntime.sleep(60)\n")
+    call = "import sys; from trimtab.tune import tune; tune(sys.argv[1], [], trials=1, folder='out', arguments=[])"
+    command = [sys.executable, "-c", call, str(tmp_path / "train.py")]
+    place = tmp_path / "out" / "runs" / "trial-0" / "process.json"
+    worker = subprocess.Popen(command, cwd=tmp_path)
+    try:
+        deadline = time.monotonic() + 60
+        while not (place.is_file() and place.read_text().endswith("}")):
+            assert worker.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        time.sleep(0.3)
+        worker.send_signal(how)
+        worker.wait(30)
+        identity = json.loads(place.read_text())
+        deadline = time.monotonic() + 10
+        while _lives(identity):
+            assert time.monotonic() < deadline, "the script outlives its worker"
+            time.sleep(0.02)
+    finally:
+        worker.kill()
+        worker.wait()
+        end_leftover(place.parent)
+
+
+def _lives(identity: Any) -> bool:
+    try:
+        state = Path(f"/proc/{identity['pid']}/stat").read_text().rpartition(")")[2].split()[0]
+        return state not in "ZX" and _birth(identity["pid"]) == identity["birth"]
+    except OSError:
+        return False
+
+
+def test_a_script_that_will_not_end_is_killed(tuned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.tune.search.script_trial._PATIENCE", 0.3)
+    source = (
+        "import signal, time\nimport trimtab.trial as t\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nt.report(0.5, 0)\n"
+        "try:\n    t.report(float('nan'), 1)\nexcept SystemExit:\n    time.sleep(30)\n"
+    )
+    began = time.monotonic()
+    found = tuned(source, trials=1, space=[])
+    assert time.monotonic() - began < 20
+    assert (found.best.status, found.best.value) == ("pruned", 0.5)
+
+
+def test_a_negative_step_is_the_scripts_mistake_not_the_end(tuned: Any) -> None:
+    source = "import trimtab.trial as t\nt.report(0.5, -1)\n"
+    with pytest.raises(RunFailedError, match="step of a report should be at least 0, got -1"):
+        tuned(source, trials=2, space=[], median=True)

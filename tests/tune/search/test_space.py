@@ -167,3 +167,13 @@ def test_dimension_of_the_arguments_of_suggest() -> None:
     ):
         with pytest.raises(UsageError, match="cannot suggest x: "):
             dimension_of("x", low, high)  # type: ignore[arg-type]
+
+
+def test_a_range_is_tried_out_between_its_ends_too() -> None:
+    assert Range(8, 16).ends == (8, 8.01, 16)
+    assert Range(0, 1, step=0.25).ends == (0, 0.25, 1)
+    assert Range(8, 16, integer=True).ends == (8, 16)
+    for low, high in ((1, 2000), (0, 10_000), (100, 100_000), (1e-9, 1.0)):
+        low, inner, high = Range(low, high).ends
+        assert low < inner < high
+        assert inner != int(inner), "whole ends alone say nothing on what lies between"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trimtab.compare.training import seed_list
 from trimtab.tune.lr.lr_range import LRRange, lr_range_test, ramp, shares_of
 from trimtab.workloads import Settings, Workload
 from trimtab.workloads import workload as find_workload
-from trimtab.workloads.session import Session
+from trimtab.workloads.session import Batches, Session
 from trimtab.workloads.workload import seeded
 
 __all__ = ["LRRanges", "workload_lr_range", "workload_lr_ranges"]
@@ -131,7 +131,7 @@ def workload_lr_range(
         text: a file or folder of text, for language models.
 
     Returns:
-        What the test found; a pure function of the arguments.
+        What the test found, in rates of the settings; a pure function of the arguments.
 
     Raises:
         UsageError: if a setting or an argument cannot be used.
@@ -152,18 +152,23 @@ def workload_lr_range(
             inputs, targets = batch
             return run.loss(model(inputs), targets)
 
-        return lr_range_test(
+        ramp(lowest, highest, steps, mode)
+        # Rates are those that settings would have: a group of parameters may have more of it (muP, with SGD).
+        share = max(run.shares)
+        found = lr_range_test(
             run.model,
             run.optimizer,
             loss,
-            _Batches(workload, asked),
-            lowest=lowest,
-            highest=highest,
+            _Batches(run.batches),
+            lowest=lowest * share,
+            highest=highest * share,
             steps=steps,
             mode=mode,
             clip=run.settings.clip,
             progress=progress,
         )
+        best, largest = (rate and rate / share for rate in (found.suggestion, found.largest_stable))
+        return replace(found, lrs=tuple(rate / share for rate in found.lrs), suggestion=best, largest_stable=largest)
 
 
 def workload_lr_ranges(
@@ -256,12 +261,11 @@ def _from_json(data: Mapping[str, Any]) -> LRRange:
 class _Batches:
     """The batches of a run, from its first step on and without end."""
 
-    def __init__(self, workload: Workload, settings: Settings) -> None:
-        self._take = workload.batch
-        self._seed, self._size = settings.seed, settings.batch_size
+    def __init__(self, batches: Batches) -> None:
+        self._take = batches
 
     def __iter__(self) -> Iterator[Any]:
         step = 0
         while True:
-            yield self._take(self._seed, step, self._size)
+            yield self._take(step)
             step += 1

@@ -321,7 +321,7 @@ def _checked(space: Mapping[str, Range | str] | Sequence[str], settings: Setting
             raise UsageError(f"{name} cannot change during a run: leave it out of the space.")
         if not isinstance(dimension, Range) or dimension.step:
             raise UsageError(f"{name} should be a range without a step, such as 1e-4:1e-1:log, got {dimension}.")
-        for value in (dimension.low, dimension.high):
+        for value in dimension.ends:
             settings.replace(**{name: value})
         found[name] = dimension
     if not found:

@@ -95,7 +95,7 @@ def forecast_lr(
         The forecast.
 
     Raises:
-        UsageError: if the sweep has no such arm, or needs a width to be chosen.
+        UsageError: if the sweep has no such arm, its runs have no such signal, or it needs a width to be chosen.
     """
     curves = _curves(sweep, side)
     own = [curve for curve in curves if curve.size.width == width]
@@ -146,7 +146,7 @@ def forecast_width(
         The forecast, over the width.
 
     Raises:
-        UsageError: if the sweep has no such arm, or fewer than two widths.
+        UsageError: if the sweep has no such arm, its runs no such signal, or it has fewer than two widths.
     """
     if len(sweep.widths) < 2:
         raise UsageError("a forecast of the width needs a sweep over two or more widths.")
@@ -217,9 +217,18 @@ def _curves(sweep: Sweep, side: str | None) -> list[Curve]:
 def _stable(
     curves: Iterable[Curve], signal: str, threshold: float, share: float, below: float
 ) -> list[tuple[int, float, float]]:
-    """Return (width, learning rate, value of the signal) of the stable runs."""
+    """Return (width, learning rate, value of the signal) of the stable runs.
+
+    Raises:
+        UsageError: if no run has the signal, stable or not.
+    """
     points = []
     falling = signal == GRADIENT_RMS
+    curves = list(curves)
+    outcomes = [outcome for curve in curves for row in curve.outcomes for outcome in row]
+    if all(_value(outcome, signal) is None for outcome in outcomes):
+        known = ", ".join(sorted({name for outcome in outcomes for name in outcome.mechanism})) or "none"
+        raise UsageError(f"the runs have no signal {signal!r} above 0. Recorded: {known}.")
     for curve in curves:
         initial = curve.outcomes[0][0].initial_loss
         breaks = breaks_at(curve.lrs, curve.mean_losses, initial, share=share)

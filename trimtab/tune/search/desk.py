@@ -17,6 +17,7 @@ from trimtab.errors import UsageError, require
 from trimtab.tune.search.journal import NAME, SharedLock, open_storage, quiet
 from trimtab.tune.search.lease import Lease
 from trimtab.tune.search.samplers import sampler_for
+from trimtab.tune.search.space import dimension_from_json
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -115,11 +116,12 @@ class Desk:
                 self._study.set_user_attr(_PLAN, json.loads(json.dumps(plan)))
                 return
         asked = json.loads(json.dumps(plan))
-        for name in {**found, **asked}:
+        for name in ["space", *found, *asked]:  # other entries follow from the space
             if found.get(name) != asked.get(name):
+                there, here = (_short(name, plan.get(name)) for plan in (found, asked))
                 raise UsageError(
-                    f"{self.folder} holds a tuning with another {name}: {_short(found.get(name))} there, "
-                    f"{_short(asked.get(name))} here. Give it the same, or choose another folder."
+                    f"{self.folder} holds a tuning with another {name}: {there} there, {here} here. "
+                    "Give it the same, or choose another folder."
                 )
 
     @property
@@ -312,6 +314,9 @@ class Drawing:
         return value
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
+def _short(name: str, value: Any) -> str:
+    if name == "space":
+        text = " ".join(f"{key}={dimension_from_json(data)}" for key, data in value.items()) or "none"
+    else:
+        text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -5,8 +5,10 @@ There is no coordinator besides the journal: the same call on another host with 
 
 from __future__ import annotations
 
+import glob
 import os
 import platform
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -159,6 +161,8 @@ def planned(
     known, objective, length = _known(
         subject, dimensions, metric=metric, arm=arm, steps=steps, text=text, arguments=arguments, pattern=pattern
     )
+    if known["kind"] == "workload" and maximize != ("accuracy" in metric):
+        raise UsageError(f"{metric} {'should not' if maximize else 'should'} be maximized: change maximize.")
     plan = {
         **known,
         "space": {name: dimension.to_json() for name, dimension in dimensions.items()},
@@ -209,12 +213,16 @@ def _known(
             raise UsageError("the space is empty: give at least one range or choice.")
         base = parse_arm(arm, job.defaults) if arm else job.defaults
         base = base if steps is None else base.replace(steps=steps)
+        if pattern:
+            raise UsageError("the metric's pattern belongs to scripts: a workload reports its metric itself.")
         return workload_plan(subject, base, space, metric=metric, text=text), None, base.steps
-    for name, value in (("arm", arm), ("steps", steps), ("text", text)):
-        if value:
+    for name, value in (("arm", arm or None), ("steps", steps), ("text", text)):
+        if value is not None:
             raise UsageError(f"{name} belongs to workloads: a script or a function sets its own.")
     if isinstance(subject, str) and arguments is not None:
         return script_plan(subject, arguments, space, pattern=pattern), None, 1
+    if pattern:
+        raise UsageError("the metric's pattern belongs to scripts: a function returns its metric.")
     if isinstance(subject, str):
         return {"kind": "function", "function": subject}, find_objective(subject), 1
     return {"kind": "function", "function": path_of(subject)}, subject, 1
@@ -245,8 +253,11 @@ def _in_processes(desk: Desk, trials: int, workers: int, meter: Meters) -> None:
                 if "died" not in reason and "killed" not in reason and "exited" not in reason:
                     raise RunFailedError(f"a worker failed: {reason}")
     except KeyboardInterrupt:
-        desk.release(host)
+        desk.release(f"{host}-")
         raise
+    shutil.rmtree(own, ignore_errors=True)
+    for lease in own.parent.glob(f"{glob.escape(host)}-*.lease"):  # of workers that the pool has ended
+        lease.unlink(missing_ok=True)
 
 
 class Meters:

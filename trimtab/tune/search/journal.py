@@ -8,6 +8,7 @@ which goes with its process: whoever holds that knows that a link of its own hos
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import platform
 import time
@@ -58,15 +59,16 @@ class SharedLock:
         self._local = path.with_name(f"{path.name}.local")
         self._link = path.with_name(f"{path.name}.link")
         self._file: Any = None
+        self._text = ""
 
     def acquire(self) -> bool:
         """Wait for the lock and take it."""
         own = self._hold()
-        text = f"{kernel()} {uuid.uuid4()}"
+        self._text = f"{kernel()} {uuid.uuid4()}"
         seen, since, pause = "", time.monotonic(), 0.001
         while True:
             try:
-                os.symlink(text, self._link)
+                os.symlink(self._text, self._link)
                 return True
             except FileExistsError:
                 pass
@@ -90,8 +92,7 @@ class SharedLock:
 
     def release(self) -> None:
         """Give the lock back."""
-        with contextlib.suppress(OSError):
-            self._link.unlink()
+        self._break(self._text)  # another's, if ours was taken for a dead one's, stays
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -159,6 +160,14 @@ def open_storage(folder: Path) -> JournalStorage:
 
     class Journal(storages.JournalStorage):
         """Takes what a sampler notes of a trial that is being drawn and is not in the journal yet."""
+
+        def _sync_with_backend(self) -> None:
+            try:
+                super()._sync_with_backend()
+            except (json.JSONDecodeError, UnicodeDecodeError, AssertionError, TypeError, AttributeError) as error:
+                raise RecordError(
+                    f"{path} is not a readable journal: {error}. Mend its line, or choose another folder."
+                ) from error
 
         def set_trial_system_attr(self, trial_id: int, key: str, value: Any) -> None:
             if trial_id != UNBORN:

@@ -104,8 +104,11 @@ class Ongoing:
 
         Raises:
             Stopped: if the trial is lost or, where that was asked for, behind the median; leave it be.
+            UsageError: if the step is negative.
         """
         value, step = float(value), int(step)
+        if step < 0:
+            raise UsageError(f"step of a report should be at least 0, got {step}.")
         if math.isfinite(value):
             self._finite.append(value)
         lower = not self._plan["maximize"]

@@ -29,6 +29,18 @@ _PAUSE = 0.005
 _PATIENCE = 10.0
 """Seconds that a script may take to end after it was told to."""
 
+_BOOT = (
+    "-ISc",
+    "import os, sys\n"
+    "if sys.platform == 'linux':\n"
+    "    import ctypes, signal\n"
+    "    ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"
+    "    if os.getppid() != int(sys.argv[1]):\n"
+    "        os._exit(1)\n"
+    "os.execv(sys.executable, [sys.executable, *sys.argv[2:]])\n",
+)
+"""What starts a script so that it ends with its worker, however that ends, where the system can see to it."""
+
 
 def script_plan(
     script: str | Path, arguments: Sequence[str], space: Mapping[str, Dimension], *, pattern: str
@@ -94,7 +106,7 @@ def run_script_trial(plan: Mapping[str, Any], ticket: Ticket, folder: Path, tell
     if process.code:
         record_losses(folder, trial.losses)
         last = next((line for line in reversed(output) if line.strip()), "it printed nothing")
-        return failed(f"exit code {process.code}: {last}", findings_in(folder), values=trial.values)
+        return failed(f"{_death(process.code)}: {last}", findings_in(folder), values=trial.values)
     value = process.result
     if value is None:
         value = printed(output, plan["metric"], plan["pattern"])
@@ -147,6 +159,15 @@ def end_leftover(folder: Path) -> None:
             os.kill(data["pid"], signal.SIGKILL)
 
 
+def _death(code: int) -> str:
+    if code > 0:
+        return f"exit code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"
+
+
 def _birth(pid: int) -> str:
     """Return when a process of this system began, which tells it from a later one of the same number."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text()
@@ -168,7 +189,7 @@ class _Process:
         self._answers: IO[bytes] = (folder / "answers.jsonl").open("ab", buffering=0)
         with (folder / "output.log").open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, plan["script"], *arguments],
+                [sys.executable, *_BOOT, str(os.getpid()), plan["script"], *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -187,7 +208,7 @@ class _Process:
     def serve(self) -> Stopped | None:
         """Answer until the script has ended; return why it was stopped, if it was."""
         stop: Stopped | None = None
-        deadline = math.inf
+        deadline, end = math.inf, self._process.terminate
         while True:
             ended = self._process.poll() is not None
             for message in self._received():
@@ -200,8 +221,8 @@ class _Process:
             if ended:
                 return stop
             if time.monotonic() > deadline:
-                self._process.terminate()
-                deadline = time.monotonic() + _PATIENCE
+                end()
+                deadline, end = time.monotonic() + _PATIENCE, self._process.kill
             time.sleep(_PAUSE)
 
     def _received(self) -> list[dict[str, Any]]:

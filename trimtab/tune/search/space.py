@@ -13,6 +13,7 @@ from trimtab.errors import UsageError
 Value: TypeAlias = float | int | str | bool
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 _DIGITS = 4
+_INNER = 0.00123
 _GRAMMAR = "write NAME=LOW:HIGH with :log, :int or :step=SIZE behind it, or NAME=A,B,C"
 
 
@@ -94,8 +95,10 @@ class Range:
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """The values at which a range is tried out before anything is trained."""
-        return (self.low, self.high)
+        """The values at which a range is tried out before anything is trained: both ends, and one between them."""
+        # One between two whole numbers is among them: ends that are whole say nothing on those that are not.
+        inner = self.low + (self.step or _INNER * (self.high - self.low))
+        return (self.low, self.high) if self.integer else (self.low, self.rounded(inner), self.high)
 
     def rounded(self, value: float) -> float:
         """Return a drawn value as it is used."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from trimtab import trial
@@ -50,3 +52,10 @@ def test_a_script_loads_nothing_heavy_for_it() -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ)
     assert output.stdout.strip() == "[]"
+
+
+def test_numbers_of_numpy_and_ranges_go_into_messages_as_plain_ones() -> None:
+    asked = {"low": [np.int64(1), np.float32(0.5), True, "a"], "high": np.float64("inf"), "step": np.int32(2)}
+    plain = trial._plain(asked)
+    assert plain == {"low": [1, 0.5, True, "a"], "high": "inf", "step": 2}
+    assert json.loads(json.dumps(plain)) == plain

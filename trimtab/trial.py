@@ -20,6 +20,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -94,7 +95,7 @@ def suggest(
     """
     if not active():
         return _middle(name, low, high, log=log, integer=integer, step=step) if default is None else default
-    chosen = list(low) if isinstance(low, (list, tuple)) else low
+    chosen = list(low) if isinstance(low, Sequence) and not isinstance(low, str) else low
     ask = {"low": chosen, "high": high, "log": log, "integer": integer, "step": step}
     return _ask("suggest", {"name": name, **ask})["value"]
 
@@ -193,7 +194,13 @@ def _alive(home: Path) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value as strict JSON has it: a number that is not finite becomes its word."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return {key: _plain(entry) for key, entry in value.items()} if isinstance(value, dict) else value
+    """Return a value as strict JSON has it: numbers of NumPy become Python's, one that is not finite its word."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return int(value)
+    if isinstance(value, Real) and not isinstance(value, (bool, Integral)):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return value

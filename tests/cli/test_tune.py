@@ -62,6 +62,7 @@ def test_no_value_is_exit_code_1(trimtab: Callable[..., Any]) -> None:
     line = "trimtab: none of 2 trials in out gave a value: trial 0: exit code 1: no data"
     assert found.err.splitlines()[-1] == line
     assert json.loads(Path("out/tune.json").read_text())["counts"] == {"failed": 2}
+    assert "no data" in Path("out/tune.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def tune(
     by {NAME} in its arguments or by trimtab.trial.suggest. Exit code 1 if no trial gives a value.
     """
     use_threads()
+    from trimtab.compare.store import read_json
     from trimtab.report.tuning import build_tuning_report
     from trimtab.tune.search.engine import tune as run
 
@@ -98,6 +99,11 @@ def tune(
         raise Interrupted(
             f"interrupted: trials that ended are kept in {folder}, the same command goes on from there."
         ) from None
+    except RunFailedError:
+        # Without a best trial there is no table, but why the trials failed is what the page is for.
+        if (document := read_json(folder / "tune.json")) is not None:
+            build_tuning_report(document, folder / "tune.html")
+        raise
     build_tuning_report(found.to_json(), folder / "tune.html")
     if json:
         print_json(_json(found))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -38,11 +40,13 @@ def test_workload_models_train_with_it_and_lose_it_again(name, card):
     job = workload(name)
     model = job.model(seed=0)
     keys = set(model.state_dict())
-    applied = apply(model, card.name)
+    needs_base = "base" in inspect.signature(card.apply).parameters
+    applied = apply(model, card.name, **({"base": job.model(seed=0, width=job.width // 2)} if needs_base else {}))
     inputs, targets = job.batch(seed=0, step=0, batch_size=2)
     job.loss(model(inputs), targets).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
-    assert set(remove(model, card.name).changes) == set(applied.changes)
+    if card.remove is not None:
+        assert set(remove(model, card.name).changes) == set(applied.changes)
     assert set(model.state_dict()) == keys
 
 
@@ -59,6 +63,8 @@ def test_workload_models_train_with_it_and_lose_it_again(name, card):
             "z-loss acts on the loss, not on the model: use trimtab.losses.zloss",
         ),
         (lambda: apply(nn.Linear(2, 2), "lower-lr"), "lower-lr acts on the settings"),
+        (lambda: apply(nn.Linear(2, 2), "mup"), "mup: missing a required argument: 'base'"),
+        (lambda: apply(nn.Linear(2, 2), "sigma-reparam", rank=3), "got an unexpected keyword argument 'rank'"),
         (lambda: apply(nn.Linear(2, 2), "qk-norm"), "no attention to change in Linear"),
         (lambda: remove(nn.Linear(2, 2), "sigma-reparam"), "is not applied to Linear: nothing to remove"),
         (lambda: remove(nn.Linear(2, 2), "z-loss"), "z-loss cannot be removed"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,8 @@ def apply(model: nn.Module, name: str, **options: Any) -> Applied:
         The changes, module by module.
 
     Raises:
-        UsageError: if there is no such method, if it does not act on models, or if it finds nothing to change.
+        UsageError: if there is no such method, if it does not act on models or has not these options, or if it finds
+            nothing to change.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
@@ -51,6 +53,10 @@ def apply(model: nn.Module, name: str, **options: Any) -> Applied:
         raise UsageError(f"apply needs a torch.nn.Module to change, got {type(model).__name__}.")
     if card.acts_on != "model" or card.apply is None:
         raise UsageError(f"{name} acts on the {card.acts_on}, not on the model: use {card.entry.replace(':', '.')}.")
+    try:
+        inspect.signature(card.apply).bind(model, **options)
+    except TypeError as error:
+        raise UsageError(f"{name}: {error}: {card.entry.replace(':', '.')} describes its options.") from None
     changes = card.apply(model, **options)
     if not changes:
         raise UsageError(f"{name} found nothing to change in {type(model).__name__}.")

@@ -17,6 +17,7 @@ NAMES = (
     "digits-vit",
     "lm-medium",
     "lm-small",
+    "lm-zipf",
     "modadd",
     "modadd-nodecay",
     "regression",

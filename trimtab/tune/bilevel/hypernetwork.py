@@ -67,7 +67,7 @@ class HypernetworkTuner:
         UsageError: if an argument breaks its rule.
 
     Example:
-        >>> generator = torch.Generator().manual_seed(0)
+        >>> generator = torch.manual_seed(0)
         >>> x, y = torch.randn(20, 3, generator=generator), torch.randn(20, 1, generator=generator)
         >>> def loss(net, batch, values=None):
         ...     return (net(batch[0]) - batch[1]).square().mean()

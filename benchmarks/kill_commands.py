@@ -48,7 +48,7 @@ RECORDS: dict[str, tuple[list[str], list[str], str]] = {
 """For each command its arguments, the files that hold what is finished, and the file of its result."""
 
 JOURNAL = "journal.log"
-VOLATILE = re.compile(r"(^|_)(attempt|seconds|time|times|folder|host|pid|worker|date|created|cpu|speed|out)(_|$)")
+VOLATILE = re.compile(r"(^|_)(attempt|seconds|time|times|folder|host|pid|worker|date|created|cpu|cost|speed|out)(_|$)")
 PATIENCE = 600.0
 KILLS = 2
 

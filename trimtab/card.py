@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -124,6 +125,11 @@ class Card:
             raise ValueError(f"Card {self.name!r} treats {unknown[0]!r}, which is not a finding's name.")
         if unknown := sorted(set(self.verified) - set(_LEVELS)):
             raise ValueError(f"Card {self.name!r}: level {unknown[0]!r} is not one of {', '.join(_LEVELS)}.")
+
+    def public(self) -> Any:
+        """Import and return the public object that `entry` names."""
+        module, _, name = self.entry.partition(":")
+        return getattr(importlib.import_module(module), name)
 
     def to_json(self) -> dict[str, Any]:
         """Return the Card as plain data, without its callables."""

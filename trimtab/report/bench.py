@@ -7,9 +7,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from trimtab.record.files import write_whole
 from trimtab.report.markup import Cell, breakable, cell, section, swatch, table, verdict_badge
-from trimtab.report.page import page
+from trimtab.report.page import write_page
 from trimtab.report.text import NONE, as_number, esc, number
 from trimtab.report.verdict import ends, signed
 
@@ -51,10 +50,7 @@ def build_bench_report(result: Mapping[str, Any], out: str | Path) -> Path:
     sections.append(section("profile", "Performance profile", warning * (not candidate) + _profiles(result)))
     everyone = [*(result.get("baselines") or {}).values(), *([candidate] if candidate else [])]
     sections.append(section("tuning", "What tuning found", "".join(map(_tuning, everyone))))
-    header = f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1></header>'
-    write_whole(
-        path, page(f"{title} · trimtab report", f"{header}<main>{''.join(sections)}</main>", []), what="the report "
-    )
+    write_page(path, title, "".join(sections))
     return path
 
 

@@ -14,7 +14,7 @@ from trimtab.report.appendix import glance, settings_section
 from trimtab.report.comparison import comparison_section
 from trimtab.report.curves import Chart, curve_charts
 from trimtab.report.markup import figure, section, swatch
-from trimtab.report.page import page
+from trimtab.report.page import NO_CHARTS, page
 from trimtab.report.subject import Examiner, Subject, subjects
 from trimtab.report.sweeps import sweep_section
 from trimtab.report.text import esc
@@ -118,9 +118,8 @@ def _document(
         f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1>{glance(runs)}'
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>'
     )
-    notice = "<noscript><p>The charts need JavaScript; everything else is readable without it.</p></noscript>"
     main = "".join(html for _, _, html in parts)
-    return page(f"{title} · trimtab report", f"{header}<main>{notice}{main}</main>", charts)
+    return page(f"{title} · trimtab report", f"{header}<main>{NO_CHARTS}{main}</main>", charts)
 
 
 def _curves_section(runs: Sequence[Subject], charts: Sequence[Chart]) -> str:

@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.record.files import write_whole
 from trimtab.report.curves import Chart
 from trimtab.report.markup import cell, figure, section, table
-from trimtab.report.page import page
-from trimtab.report.text import as_number, esc, number
+from trimtab.report.page import NO_CHARTS, write_page
+from trimtab.report.text import as_number, number
 
 _YANG = "https://arxiv.org/abs/2203.03466"
 _NAMES = {"mup": "muP", "standard": "Standard parametrisation"}
@@ -44,10 +43,7 @@ def build_coord_check_report(result: Mapping[str, Any], out: str | Path) -> Path
         section(f"check-{place}", _name(check), figure(charts[place], wide=True) + _table(check))
         for place, check in enumerate(checks)
     )
-    header = f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1></header>'
-    notice = "<noscript><p>The charts need JavaScript; everything else is readable without it.</p></noscript>"
-    main = f"<main>{notice}<p>{lead}</p>{sections}</main>"
-    write_whole(path, page(f"{title} · trimtab report", f"{header}{main}", charts), what="the report ")
+    write_page(path, title, f"{NO_CHARTS}<p>{lead}</p>{sections}", charts)
     return path
 
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.record.files import write_whole
 from trimtab.report.curves import Chart
 from trimtab.report.markup import cell, figure, section, table
-from trimtab.report.page import page
-from trimtab.report.text import as_number, esc, number
+from trimtab.report.page import write_page
+from trimtab.report.text import as_number, number
 
 _SMITH = "https://arxiv.org/abs/1506.01186"
 
@@ -45,10 +44,8 @@ def build_lr_range_report(result: Mapping[str, Any], out: str | Path) -> Path:
         rows.append([cell("note"), cell(result["reason"])])
     seeds = _seeds(result)
     body = f"<p>{lead}</p>{figure(chart, wide=True)}{table('What it found', ['', 'value'], rows)}{seeds}"
-    header = f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1></header>'
     notice = "<noscript><p>The chart needs JavaScript; everything else is readable without it.</p></noscript>"
-    main = f"<main>{notice}{section('lr-range', 'Range test', body)}</main>"
-    write_whole(path, page(f"{title} · trimtab report", f"{header}{main}", [chart]), what="the report ")
+    write_page(path, title, notice + section("lr-range", "Range test", body), [chart])
     return path
 
 

@@ -8,7 +8,9 @@ import re
 from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 
+from trimtab.record.files import write_whole
 from trimtab.report.curves import Chart
 from trimtab.report.text import esc, json_block
 
@@ -16,6 +18,9 @@ from trimtab.report.text import esc, json_block
 _EMPTY = ""
 # plotly's bundled map library puts its styles into an element of this id unless there is one: there are no maps here.
 _MAP_STYLE = re.compile(r'getElementById\("([0-9a-f]{64})"\)')
+
+
+NO_CHARTS = "<noscript><p>The charts need JavaScript; everything else is readable without it.</p></noscript>"
 
 
 def page(title: str, body: str, charts: Sequence[Chart]) -> str:
@@ -51,6 +56,23 @@ def page(title: str, body: str, charts: Sequence[Chart]) -> str:
         f'<title>{esc(title)}</title>\n<link rel="icon" href="data:,">\n<style>{style}</style>{placeholders}\n</head>\n'
         f"<body>\n{body}\n{data}\n<script>{library}</script>\n<script>{script}</script>\n</body>\n</html>\n"
     )
+
+
+def write_page(path: Path, title: str, main: str, charts: Sequence[Chart] = (), *, lead: str = "") -> None:
+    """Write a page of its own, with the report's head; the title is escaped, all else is HTML already.
+
+    Args:
+        path: the file.
+        title: of the page.
+        main: its content.
+        charts: those that the content has places for.
+        lead: what stands under the title.
+
+    Raises:
+        RecordError: if the file cannot be written.
+    """
+    header = f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1>{lead}</header>'
+    write_whole(path, page(f"{title} · trimtab report", f"{header}<main>{main}</main>", charts), what="the report ")
 
 
 @cache

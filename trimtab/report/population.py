@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.record.files import write_whole
 from trimtab.report.curves import Chart
 from trimtab.report.markup import cell, figure, section, table
-from trimtab.report.page import page
-from trimtab.report.text import as_number, esc, number
+from trimtab.report.page import NO_CHARTS, write_page
+from trimtab.report.text import as_number, number
 
 _JADERBERG = "https://arxiv.org/abs/1711.09846"
 _SHOWN = 8
@@ -44,10 +43,7 @@ def build_population_report(result: Mapping[str, Any], out: str | Path) -> Path:
     ]
     figures = "".join(figure(chart, wide=True) for chart in charts)
     body = f"<p>{lead}</p>{figures}{_members(result, list(space))}{_rows(best, list(space), str(plan['metric']))}"
-    header = f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1></header>'
-    notice = "<noscript><p>The charts need JavaScript; everything else is readable without it.</p></noscript>"
-    main = f"<main>{notice}{section('population', 'Population', body)}</main>"
-    write_whole(path, page(f"{title} · trimtab report", f"{header}{main}", charts), what="the report ")
+    write_page(path, title, NO_CHARTS + section("population", "Population", body), charts)
     return path
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.record.files import write_whole
 from trimtab.report.markup import GLYPHS, Cell, cell, section, severity_badge, table
-from trimtab.report.page import page
+from trimtab.report.page import write_page
 from trimtab.report.text import as_number, esc, number, setting
 
 _WIDTH, _HEIGHT = 640, 260
@@ -48,9 +47,7 @@ def build_tuning_report(tuning: Mapping[str, Any], out: str | Path) -> Path:
     counts = ", ".join(f"{count} {status}" for status, count in (tuning.get("counts") or {}).items())
     facts = ", ".join(f"{name} {setting(plan[name])}" for name in ("sampler", "seed", "metric") if name in plan)
     lead = f"<p>{esc(len(trials))} trials ({esc(counts)}); {esc(facts)}.</p>"
-    header = f'<header><p class="brand">trimtab report</p><h1>{esc(title)}</h1>{lead}</header>'
-    document = page(f"{title} · trimtab report", f"{header}<main>{''.join(sections)}</main>", [])
-    write_whole(path, document, what="the report ")
+    write_page(path, title, "".join(sections), lead=lead)
     return path
 
 

@@ -35,9 +35,7 @@ class Shape:
         Raises:
             UsageError: if the step is negative or not a whole number.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise UsageError(f"step must be a whole number, at least 0, got {step!r}.")
-        return self.factor(step)
+        return self.factor(count("step", step, 0))
 
 
 def whole(name: str, value: Any, low: int = 0) -> int:
@@ -46,8 +44,17 @@ def whole(name: str, value: Any, low: int = 0) -> int:
     Raises:
         UsageError: if it is not a whole number of at least `low`.
     """
+    return count(name, value, low, unit=" of steps")
+
+
+def count(name: str, value: Any, low: int = 1, *, unit: str = "") -> int:
+    """Return a whole number.
+
+    Raises:
+        UsageError: if it is none, or below `low`.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UsageError(f"{name} must be a whole number of steps, at least {low}, got {value!r}.")
+        raise UsageError(f"{name} must be a whole number{unit}, at least {low}, got {value!r}.")
     return value
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from trimtab.errors import UsageError
+from trimtab.schedule._shape import count
 
 Batches = Callable[[int], tuple[Tensor, Tensor]]
 """The batches of a run: from a step, counted from 0, to inputs and targets."""
@@ -40,17 +40,4 @@ class Sizes:
         Raises:
             UsageError: if the step is negative or not a whole number.
         """
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise UsageError(f"step must be a whole number, at least 0, got {step!r}.")
-        return self.size(step)
-
-
-def count(name: str, value: Any, low: int = 1) -> int:
-    """Return a size.
-
-    Raises:
-        UsageError: if it is not a whole number of at least `low`.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UsageError(f"{name} must be a whole number, at least {low}, got {value!r}.")
-    return value
+        return self.size(count("step", step, 0))

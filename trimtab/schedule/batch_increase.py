@@ -11,8 +11,8 @@ from __future__ import annotations
 
 from trimtab.card import Card, Paper
 from trimtab.errors import UsageError
-from trimtab.schedule._shape import Shape
-from trimtab.schedule._sizes import Sizes, count
+from trimtab.schedule._shape import Shape, count
+from trimtab.schedule._sizes import Sizes
 
 __all__ = ["increase_batch"]
 

@@ -19,8 +19,8 @@ from torch.utils.data import Sampler
 
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError, choose
-from trimtab.schedule._shape import fraction
-from trimtab.schedule._sizes import Batches, Sizes, count
+from trimtab.schedule._shape import count, fraction
+from trimtab.schedule._sizes import Batches, Sizes
 
 __all__ = ["BatchSizeSampler", "batch_warmup"]
 

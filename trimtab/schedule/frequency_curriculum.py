@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError, choose
 from trimtab.schedule._images import as_images, guessed_shape
-from trimtab.schedule._shape import whole
-from trimtab.schedule._sizes import Batches, Sizes, count
+from trimtab.schedule._shape import count, whole
+from trimtab.schedule._sizes import Batches, Sizes
 
 __all__ = ["EfficientTrain", "efficient_train", "low_frequency"]
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError, choose
 from trimtab.schedule._images import as_images, guessed_shape
-from trimtab.schedule._shape import whole
-from trimtab.schedule._sizes import Batches, count
+from trimtab.schedule._shape import count, whole
+from trimtab.schedule._sizes import Batches
 
 __all__ = ["ProgressiveStages", "Stage", "mixup", "progressive_stages", "resize_images", "set_dropout"]
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError
-from trimtab.schedule._shape import fraction
-from trimtab.schedule._sizes import Batches, Sizes, count
+from trimtab.schedule._shape import count, fraction
+from trimtab.schedule._sizes import Batches, Sizes
 
 __all__ = ["length_warmup", "truncate"]
 

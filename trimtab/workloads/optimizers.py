@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import math
 from collections.abc import Mapping
@@ -43,7 +42,7 @@ def arm_name(card: Card) -> str:
 
 def runnable(card: Card) -> bool:
     """Return whether an arm can name a Card's optimizer: a class made from parameters, stepped without a closure."""
-    return card.acts_on == "optimizer" and not _obstacle(_entry(card))
+    return card.acts_on == "optimizer" and not _obstacle(card.public())
 
 
 def optimizer_class(name: object) -> type[torch.optim.Optimizer] | None:
@@ -59,7 +58,7 @@ def optimizer_class(name: object) -> type[torch.optim.Optimizer] | None:
         if isinstance(name, str) and name in cards:
             raise UsageError(f"{name} acts on the {cards[name].acts_on}, it is no optimizer: write with={name}.")
         choose("optimizer", name, [*BASELINES, *(key for key, card in cards.items() if runnable(card))])
-    entry = _entry(cards[str(name)])
+    entry = cards[str(name)].public()
     if obstacle := _obstacle(entry):
         where = cards[str(name)].entry.replace(":", ".")
         raise UsageError(f"{name} cannot be the optimizer of a run: it {obstacle}. Use {where} from Python.")
@@ -193,11 +192,6 @@ def _bytes(value: Any) -> int:
     elif not isinstance(value, (list, tuple)):
         return 0
     return sum(map(_bytes, value))
-
-
-def _entry(card: Card) -> Any:
-    module, _, name = card.entry.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def _obstacle(entry: Any) -> str:

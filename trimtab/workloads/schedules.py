@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -75,8 +74,7 @@ def shape(name: str, options: tuple[tuple[str, Scalar], ...], steps: int, warmup
 def _makers() -> dict[str, Callable[..., Shape]]:
     found = {}
     for card in methods(room="schedule"):
-        module, _, name = card.entry.partition(":")
-        entry = getattr(importlib.import_module(module), name)
+        entry = card.public()
         returned = get_type_hints(entry).get("return") if inspect.isfunction(entry) else None
         if isinstance(returned, type) and issubclass(returned, Shape):
             found[card.name] = entry

@@ -19,6 +19,7 @@ from trimtab.errors import RecordError, UsageError
 from trimtab.tune.search.desk import Ticket
 from trimtab.tune.search.ending import failed
 from trimtab.tune.search.function_trial import concluded, stopped
+from trimtab.tune.search.journal import kernel
 from trimtab.tune.search.ongoing import Ongoing, Stopped, Tell
 from trimtab.tune.search.space import Dimension, dimension_of
 from trimtab.tune.search.verdict import findings_in, record_losses
@@ -170,8 +171,7 @@ def _death(code: int) -> str:
 
 def _birth(pid: int) -> str:
     """Return when a process of this system began, which tells it from a later one of the same number."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text()
-    return boot + Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return kernel() + Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 class _Process:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "trimtab"
 LONGEST = {"trimtab": 400, "tests": 450, "benchmarks": 400, "docs": 400}
 
-BASE = frozenset({"errors", "names", "scalars", "card", "catalogue", "remedy"})
+BASE = frozenset({"errors", "names", "scalars", "card", "catalogue", "remedy", "first_loss", "undisturbed"})
 REMEDIES = frozenset(ROOMS) - {"tune"}
 SEE = BASE | {"record", "watch", "diagnose"}
 PROVE = frozenset({"workloads", "compare", "tune", "bench"})
@@ -41,6 +41,7 @@ ARROWS: dict[str, frozenset[str]] = {
     **dict.fromkeys(REMEDIES, BASE),
     "workloads": SEE | REMEDIES,
     "compare": SEE | REMEDIES | {"workloads"},
+    "studies": SEE | REMEDIES | {"workloads"},
     "tune": SEE | REMEDIES | {"workloads", "compare"},
     "bench": SEE | REMEDIES | {"workloads", "compare", "tune"},
     "trial": BASE | {"tune"},

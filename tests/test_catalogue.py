@@ -140,10 +140,16 @@ def test_treats_places(card):
 
 @pytest.mark.parametrize("card", _CARDS, ids=_IDS)
 def test_experiments_are_runnable(card):
+    from trimtab.compare import study_options
     from trimtab.workloads.settings import parse_arm
     from trimtab.workloads.workload import workload
 
     for experiment in card.experiments:
+        if experiment.is_study:
+            arms = [study_options(experiment.workload, arm) for arm in (experiment.baseline, experiment.treated)]
+            assert arms[0] != arms[1]
+            assert experiment.seeds >= 3
+            continue
         defaults = workload(experiment.workload).defaults
         baseline = parse_arm(experiment.baseline, defaults)
         treated = parse_arm(experiment.treated, defaults)

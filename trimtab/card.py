@@ -52,9 +52,10 @@ class Experiment:
     """A claim as a paired comparison that anyone can run again with `trimtab reproduce NAME`.
 
     Args:
-        workload: name of the workload.
-        baseline: settings of the untreated arm, as on the command line (`"lr=0.1"`).
-        treated: settings of the treated arm (`"lr=0.1,with=qk-norm"`).
+        workload: name of the workload; or, for what no training run of a workload shows, a study: the import path of a
+            function of a seed and options that returns metrics, `"trimtab.studies.bandit:preferences"`.
+        baseline: settings of the untreated arm, as on the command line (`"lr=0.1"`); of a study, its options.
+        treated: settings of the treated arm (`"lr=0.1,with=qk-norm"`), or options.
         metric: what is compared, lower is better (`"loss"`) unless `higher_is_better`.
         mechanism: a signal that shows *why* (`"attention_max_logit"`), or empty.
         seeds: pairs to run.
@@ -69,6 +70,11 @@ class Experiment:
     mechanism: str = ""
     seeds: int = 5
     outcome: str = ""
+
+    @property
+    def is_study(self) -> bool:
+        """Whether it runs a function of its own instead of a workload."""
+        return ":" in self.workload
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -299,3 +300,25 @@ def test_applying_twice_is_refused():
 def test_vectors_are_refused():
     with pytest.raises(UsageError, match=r"needs a matrix, got shape \(3,\)"):
         SigmaReparam(torch.ones(3))
+
+
+@pytest.mark.parametrize(("length", "gamma"), [(4, 0.3), (16, 1.0), (16, 3.0), (64, 1.5)])
+def test_attention_entropy_stays_above_the_papers_bound(length, gamma):
+    """Theorem 3.1: with sigma = ||W_K W_Q^T||_2 ||X X^T||_2, the entropy of every row is at least the bound."""
+    torch.manual_seed(0)
+    width = 8
+    query, key = (nn.Linear(width, width, bias=False).double() for _ in range(2))
+    for linear in (query, key):
+        parametrize.register_parametrization(linear, "weight", SigmaReparam(linear.weight, gamma=gamma))
+    x = torch.randn(length, width, dtype=torch.float64) / length**0.5
+    entropy = torch.special.entr((query(x) @ key(x).T).softmax(-1)).sum(-1)
+    # Of the two weights only the product of their norms is known: gamma squared bounds that of the product.
+    sigma = gamma**2 * torch.linalg.matrix_norm(x @ x.T, 2)
+    beta = torch.exp(-sigma * math.sqrt(length / (length - 1)))
+    others = (length - 1) * beta
+    bound = torch.log1p(others) + sigma * math.sqrt(length * (length - 1)) * beta / (1 + others)
+    assert (entropy >= bound).all()
+    # The bound is reached: by one logit of sigma sqrt((T-1) / T) among others that are equal and negative.
+    logits = torch.full((length,), -1 / math.sqrt(length * (length - 1)), dtype=torch.float64)
+    logits[0] = math.sqrt((length - 1) / length)
+    torch.testing.assert_close(torch.special.entr((sigma * logits).softmax(0)).sum(), bound)

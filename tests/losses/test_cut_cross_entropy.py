@@ -57,11 +57,12 @@ def test_gradcheck(options):
 
 @CASES
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("blocks", [(3, 4), (1, 1), (7, 11), (1024, 8192)], ids=str)
-def test_equals_the_loss_of_all_logits(options, bias, blocks):
+@pytest.mark.parametrize("blocks", [(3, 4), (1, 1), (7, 11), (None, 8192)], ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["once", "twice"])
+def test_equals_the_loss_of_all_logits(options, bias, blocks, recompute):
     (hidden, weight, offset), targets = _head(bias=bias)
     leaves = [hidden, weight, offset][: 2 + bias]
-    sizes = {"tokens_at_once": blocks[0], "classes_at_once": blocks[1]}
+    sizes = {"tokens_at_once": blocks[0], "classes_at_once": blocks[1], "recompute": recompute}
     found = linear_cross_entropy(hidden, weight, targets, offset, **options, **sizes)
     expected = _dense(hidden, weight, offset, targets, **options)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
@@ -70,11 +71,12 @@ def test_equals_the_loss_of_all_logits(options, bias, blocks):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["once", "twice"])
 @CASES
-def test_float32_inside(dtype, options):
+def test_float32_inside(dtype, options, recompute):
     """Equal to the dense loss in float64 of the same rounded inputs; gradients differ by their own rounding only."""
     leaves, targets = _head(dtype)
-    found = linear_cross_entropy(*leaves[:2], targets, leaves[2], **options, **BLOCKS)
+    found = linear_cross_entropy(*leaves[:2], targets, leaves[2], **options, **BLOCKS, recompute=recompute)
     exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
     expected = _dense(*exact, targets, **options)
     assert found.dtype == torch.float32
@@ -117,6 +119,27 @@ def test_micro_batches_add_up(sizes):
     parts = zip(hidden.split(sizes), targets.split(sizes), strict=True)
     total = sum(linear_cross_entropy(h, weight, t, bias, denominator=5) for h, t in parts)
     torch.testing.assert_close(torch.autograd.grad(total, [hidden, weight]), whole)
+
+
+def test_backward_runs_again_only_where_blocks_are_computed_again():
+    (hidden, weight, _), targets = _head()
+    twice = linear_cross_entropy(hidden, weight, targets, recompute=True)
+    first = torch.autograd.grad(twice, weight, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(twice, weight), first)
+    once = linear_cross_entropy(hidden, weight, targets)
+    kept = torch.autograd.grad(3 * once, weight, retain_graph=True)[0]
+    torch.testing.assert_close(kept, 3 * first[0])
+    with pytest.raises(UsageError, match="recompute=True"):
+        torch.autograd.grad(once, weight)
+
+
+def test_gradients_of_the_head_alone_or_the_hidden_states_alone():
+    (hidden, weight, bias), targets = _head()
+    expected = torch.autograd.grad(_dense(hidden, weight, bias, targets), [hidden, weight, bias])
+    for place in range(3):
+        leaves = [x if number == place else x.detach() for number, x in enumerate((hidden, weight, bias))]
+        loss = linear_cross_entropy(leaves[0], leaves[1], targets, leaves[2])
+        torch.testing.assert_close(torch.autograd.grad(loss, leaves[place])[0], expected[place])
 
 
 def test_positions_that_do_not_count():
@@ -162,14 +185,16 @@ class _Largest(TorchDispatchMode):
         return out
 
 
-def test_logits_are_never_in_memory():
+@pytest.mark.parametrize("recompute", [False, True], ids=["once", "twice"])
+def test_logits_are_never_in_memory(recompute):
     """512 tokens and 1,000 classes are 512,000 logits; nothing larger than the head or a block is made."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(512, 16, generator=generator).requires_grad_()
     weight = torch.randn(1000, 16, generator=generator).requires_grad_()
     targets = torch.randint(1000, (512,), generator=generator)
     with _Largest() as blocks:
-        linear_cross_entropy(hidden, weight, targets, tokens_at_once=64, classes_at_once=100).backward()
+        sizes = {"tokens_at_once": 16, "classes_at_once": 100}
+        linear_cross_entropy(hidden, weight, targets, recompute=recompute, **sizes).backward()
     assert blocks.size == weight.numel()
     with _Largest() as dense:
         F.cross_entropy(hidden @ weight.T, targets).backward()

@@ -12,7 +12,7 @@ import typer
 from trimtab.cli.show import Meter, console, number, print_json, resumable, say, table, use_threads
 
 if TYPE_CHECKING:
-    from trimtab.compare import Comparison, Paired
+    from trimtab.compare import Comparison, Paired, StudyComparison
 
 _HEADS = {
     "attention_max_logit": "largest attention logit",
@@ -21,6 +21,7 @@ _HEADS = {
     "dead_fraction": "largest dead share",
     "grad_norm": "largest gradient norm",
 }
+_CPU = "cpu_seconds"
 _STATE = "state_bytes_per_parameter"
 _MECHANISMS = 2
 """How many explaining signals the table shows; the JSON has all."""
@@ -116,4 +117,29 @@ def print_comparison(result: Comparison) -> None:
     title = f"{result.workload}: final {result.metric} ({better} is better), {count} paired seed{'s' * (count > 1)}"
     heads = ["arm", f"{result.metric} ±sd", *heads, "CPU ms/step", "diverged"]
     heads += ["difference [95%]", "verdict"]
+    console().print(table(title, heads, rows))
+
+
+def print_study(result: StudyComparison) -> None:
+    """Print the table of a study's comparison, and the verdict in words."""
+    others = [name for name in result.values[0][0] if name not in (result.metric, _CPU)]
+    shown = [result.metric, *others[:_MECHANISMS]]
+    rows = []
+    for place, arm in enumerate(result.arms):
+        values = [metrics[result.metric] for metrics in result.values[place]]
+        spread = f" ±{statistics.stdev(values):.2g}" if len(values) > 1 else ""
+        rows.append(
+            [
+                arm or "(defaults)",
+                f"{number(statistics.fmean(values))}{spread}",
+                *(number(result.mean(place, name), 3) for name in shown[1:]),
+                f"{result.mean(place, _CPU):.3g}",
+                *verdict(result.pairs.get(arm) if place else None),
+            ]
+        )
+    better = "higher" if result.higher_is_better else "lower"
+    count = len(result.seeds)
+    name = result.study.partition(":")[2]
+    title = f"study {name}: {result.metric} ({better} is better), {count} paired seed{'s' * (count > 1)}"
+    heads = ["arm", f"{result.metric} ±sd", *shown[1:], "CPU s", "difference [95%]", "verdict"]
     console().print(table(title, heads, rows))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from trimtab.cli.compare import print_comparison
+from trimtab.cli.compare import print_comparison, print_study
 from trimtab.cli.show import Meter, print_json, resumable, say, use_threads
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def reproduce(
     """Run the experiments of a method's card again."""
     use_threads()
     from trimtab import catalogue
+    from trimtab.compare import Comparison
     from trimtab.compare import reproduce as run
 
     card = catalogue.method(name)
@@ -42,7 +43,10 @@ def reproduce(
     say(f"the paper's claim: {card.claim}")
     for entry in found:
         say()
-        print_comparison(entry.comparison)
+        if isinstance(entry.comparison, Comparison):
+            print_comparison(entry.comparison)
+        else:
+            print_study(entry.comparison)
         for line in _lines(entry):
             say(line)
     say()

@@ -8,6 +8,7 @@ from trimtab.compare.lr_sweep import Curve, Sweep, sweep
 from trimtab.compare.pairs import Paired, paired
 from trimtab.compare.reproduction import Reproduction, reproduce
 from trimtab.compare.sizes import Size
+from trimtab.compare.studies import StudyComparison, compare_study, study_function, study_options
 
 __all__ = [
     "Arm",
@@ -20,13 +21,17 @@ __all__ = [
     "Reproduction",
     "Sensitivity",
     "Size",
+    "StudyComparison",
     "Sweep",
     "compare",
+    "compare_study",
     "log_grid",
     "paired",
     "reproduce",
     "run_folder",
     "run_jobs",
     "sensitivity",
+    "study_function",
+    "study_options",
     "sweep",
 ]

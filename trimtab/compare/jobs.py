@@ -26,7 +26,7 @@ from trimtab.record.environment import processor
 _BYSTANDERS = ("cli", "diagnose", "integrations", "report", "testing")
 """Rooms that cannot change what a job returns, so that work on them keeps finished jobs valid."""
 
-_STOREYS = (("tune", "trial.py"), ("bench",))
+_STOREYS = (("studies",), ("tune", "trial.py"), ("bench",))
 """Rooms above `compare`, in the order in which they build on each other: a task depends on those up to its own."""
 
 

@@ -13,6 +13,7 @@ from trimtab.compare.comparison import Comparison, compare
 from trimtab.compare.jobs import Progress
 from trimtab.compare.pairs import Paired
 from trimtab.compare.store import write_results
+from trimtab.compare.studies import StudyComparison, compare_study
 from trimtab.compare.training import prepared
 from trimtab.errors import UsageError
 
@@ -31,7 +32,7 @@ class Reproduction:
     """
 
     experiment: Experiment
-    comparison: Comparison
+    comparison: Comparison | StudyComparison
     mechanism: Paired | None
 
     @property
@@ -78,10 +79,8 @@ def reproduce(
         raise UsageError(f"the card of {card.name} states no experiment: there is nothing to reproduce.")
     found = []
     for number, experiment in enumerate(card.experiments):
-        defaults = prepared(experiment.workload).defaults
-        comparison = compare(
-            experiment.workload,
-            [Arm.parse(experiment.baseline, defaults), Arm.parse(experiment.treated, defaults)],
+        comparison = _run(
+            experiment,
             folder=folder,
             results=f"experiment-{number + 1}.json",
             seeds=experiment.seeds if seeds is None else seeds,
@@ -97,3 +96,11 @@ def reproduce(
     results = {"method": card.name, "results": [entry.to_json() for entry in found]}
     write_results(Path(folder) / RESULTS, "reproduction", results)
     return found
+
+
+def _run(experiment: Experiment, **options: Any) -> Comparison | StudyComparison:
+    if experiment.is_study:
+        return compare_study(experiment.workload, (experiment.baseline, experiment.treated), **options)
+    defaults = prepared(experiment.workload).defaults
+    arms = [Arm.parse(experiment.baseline, defaults), Arm.parse(experiment.treated, defaults)]
+    return compare(experiment.workload, arms, **options)

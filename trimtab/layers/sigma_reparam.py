@@ -231,6 +231,7 @@ CARD = Card(
             "tests/layers/test_sigma_reparam.py::test_spectral_norm_is_gamma",
             "tests/layers/test_sigma_reparam.py::test_gradient_is_that_of_the_exact_spectral_norm",
             "tests/layers/test_sigma_reparam.py::test_one_power_iteration_per_training_forward",
+            "tests/layers/test_sigma_reparam.py::test_attention_entropy_stays_above_the_papers_bound",
         ),
         "reference": ("tests/layers/test_sigma_reparam.py::test_equals_torch_spectral_norm",),
         "claim": ("tests/claims/test_remedies.py::test_attention_logits_stay_bounded_and_entropy_does_not_collapse",),
@@ -255,6 +256,15 @@ CARD = Card(
                 "better: final loss 2.148 to 1.759, difference -0.389 (95 % interval -0.460 to -0.318), n=5; largest "
                 "attention logit 2,160 to 37, lowest attention entropy 0.011 to 1.27 nats"
             ),
+        ),
+        Experiment(
+            "trimtab.studies.normless:digits",
+            "lr=0.02",
+            "lr=0.005,sigma_reparam=true",
+            metric="accuracy",
+            higher_is_better=True,
+            mechanism="training_loss",
+            outcome="@@",
         ),
     ),
     apply=_apply,

@@ -57,20 +57,41 @@ def reduce(values: Tensor, valid: Tensor | None, reduction: str, denominator: fl
     Raises:
         UsageError: if the reduction is unknown, or the denominator is not above 0 or given without a mean.
     """
-    choose("reduction", reduction, REDUCTIONS)
-    if denominator is not None:
-        if reduction != "mean":
-            raise UsageError(
-                f"denominator is what a mean divides by, but reduction is {reduction!r}: leave one of them out."
-            )
-        if not isinstance(denominator, Tensor) and not denominator > 0:
-            raise UsageError(f"denominator must be above 0, got {denominator}: give the number of targets that count.")
+    _check_reduction(reduction, denominator)
     kept = values if valid is None else torch.where(valid, values, torch.zeros_like(values))
     if reduction == "none":
         return kept
+    return divide(kept.sum(), values.numel() if valid is None else valid.sum(), reduction, denominator)
+
+
+def divide(total: Tensor, count: int | Tensor, reduction: str, denominator: float | Tensor | None) -> Tensor:
+    """Return the sum or the mean that belongs to a total.
+
+    Args:
+        total: sum over the samples that count.
+        count: how many those are.
+        reduction: `"mean"` or `"sum"`.
+        denominator: what a mean divides by in place of `count`.
+
+    Raises:
+        UsageError: as `reduce` does.
+    """
+    _check_reduction(reduction, denominator)
     if reduction == "sum":
-        return kept.sum()
+        return total
     if denominator is None:
         # A batch without any valid sample has loss 0 and gradient 0, as it contributes nothing.
-        return kept.sum() / max(values.numel(), 1) if valid is None else kept.sum() / valid.sum().clamp(min=1)
-    return kept.sum() / denominator
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))
+    return total / denominator
+
+
+def _check_reduction(reduction: str, denominator: float | Tensor | None) -> None:
+    choose("reduction", reduction, REDUCTIONS)
+    if denominator is None:
+        return
+    if reduction != "mean":
+        raise UsageError(
+            f"denominator is what a mean divides by, but reduction is {reduction!r}: leave one of them out."
+        )
+    if not isinstance(denominator, Tensor) and not denominator > 0:
+        raise UsageError(f"denominator must be above 0, got {denominator}: give the number of targets that count.")

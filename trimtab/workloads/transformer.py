@@ -1,47 +1,13 @@
 """The pre-LN transformer parts that the language models and the vision transformer share.
 
-Shape suffixes: B batch, L length, D width, H heads, K width of a head.
+Shape suffixes: B batch, L length, D width.
 """
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.errors import UsageError
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with a fused `qkv` projection, laid out (3, H, K), and slots for QK-norm.
-
-    Args:
-        width: D, a multiple of `heads`.
-        heads: H.
-        causal: whether a position sees only itself and what is before it.
-
-    Raises:
-        UsageError: if the heads do not share the width evenly.
-    """
-
-    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
-        super().__init__()
-        if width % heads:
-            raise UsageError(f"a transformer's width must be a multiple of its {heads} heads, got {width}.")
-        self.num_heads = heads
-        self.head_dim = width // heads
-        self.causal = causal
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm: nn.Module = nn.Identity()
-        self.k_norm: nn.Module = nn.Identity()
-        self.proj = nn.Linear(width, width, bias=False)
-
-    def forward(self, x_BLD: Tensor) -> Tensor:
-        """Return the attention's output, [B, L, D]."""
-        batch, length, width = x_BLD.shape
-        qkv = self.qkv(x_BLD).view(batch, length, 3, self.num_heads, self.head_dim)
-        q_BHLK, k_BHLK, v_BHLK = qkv.permute(2, 0, 3, 1, 4)
-        y_BHLK = F.scaled_dot_product_attention(self.q_norm(q_BHLK), self.k_norm(k_BHLK), v_BHLK, is_causal=self.causal)
-        return self.proj(y_BHLK.transpose(1, 2).reshape(batch, length, width))
+from trimtab.layers._self_attention import SelfAttention
 
 
 class CausalSelfAttention(SelfAttention):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses._stable import log1mexp
 from trimtab.losses.preference._pairs import check_number, lengths, log_probabilities
@@ -85,4 +85,15 @@ CARD = Card(
         "claim": ("tests/losses/preference/test_absolute_likelihood.py::test_chosen_likelihood_rises",),
     },
     deviations=("The division of log pi by |y| is recalled; with chosen_lengths of 1 it drops out.",),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=dpo",
+            "loss=asft",
+            metric="chosen_log_prob",
+            higher_is_better=True,
+            mechanism="reward",
+            outcome="better: -7.15 to 0.238, difference 7.39 (95 % interval 5.3 to 9.48), n=5; reward 1.81 to 0.381",
+        ),
+    ),
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, lengths, log_probabilities, logistic
 
@@ -81,5 +81,18 @@ CARD = Card(
     verified={"equation": ("tests/losses/preference/test_contrastive_preference.py::test_equals_numpy",)},
     deviations=(
         "The authors' code and TRL take the likelihood term as a mean over tokens: give chosen_lengths for it.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=sft,lr=0.01",
+            "loss=cpo,lr=0.01",
+            metric="reward",
+            higher_is_better=True,
+            mechanism="kl",
+            outcome=(
+                "better: 0.472 to 0.514, difference 0.0415 (95 % interval 0.0362 to 0.0469), n=5; kl 0.447 to 0.496"
+            ),
+        ),
     ),
 )

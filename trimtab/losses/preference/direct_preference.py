@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, log_probabilities, logistic
 
@@ -91,4 +91,15 @@ CARD = Card(
             "tests/losses/preference/test_direct_preference.py::test_bandit_reaches_the_analytical_policy",
         ),
     },
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=sft,lr=0.01",
+            "loss=dpo,lr=0.01",
+            metric="reward",
+            higher_is_better=True,
+            mechanism="kl",
+            outcome="better: 0.472 to 2.19, difference 1.72 (95 % interval 1.09 to 2.34), n=5; kl 0.447 to 5.18",
+        ),
+    ),
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, lengths, log_probabilities, logistic
 
@@ -97,4 +97,15 @@ CARD = Card(
         "claim": ("tests/losses/preference/test_flexible_betas.py::test_rejected_falls_slower_at_an_equal_margin",),
     },
     deviations=("The equation is recalled; that it has two betas and a likelihood term is checked.",),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=dpo",
+            "loss=flex-dpo",
+            metric="rejected_log_prob",
+            higher_is_better=True,
+            mechanism="reward",
+            outcome="better: -15.7 to -4.47, difference 11.3 (95 % interval 8.09 to 14.5), n=5; reward 1.81 to 1.02",
+        ),
+    ),
 )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, log_probabilities
 
@@ -83,4 +83,14 @@ CARD = Card(
         ),
     },
     deviations=("TRL's 'ipo' divides log-probabilities by the number of tokens; here they are the paper's sums.",),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=dpo,lr=0.01,certain=true",
+            "loss=ipo,lr=0.01,certain=true",
+            metric="kl",
+            mechanism="reward",
+            outcome="better: 4.8 to 3.16, difference -1.64 (95 % interval -2.08 to -1.19), n=5; reward 2.16 to 2.14",
+        ),
+    ),
 )

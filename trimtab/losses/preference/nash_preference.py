@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, log_probabilities
@@ -112,5 +112,18 @@ CARD = Card(
     deviations=(
         "Algorithm 1 is recalled; its minimiser, which the paper derives it from, is tested.",
         "Sampling, judging and the choice of pairs with a large margin are the training loop's.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:rounds",
+            "loss=dpo",
+            "loss=dno",
+            metric="exploitability",
+            mechanism="last_exploitability",
+            outcome=(
+                "no evidence: 0.0317 to 0.0216, difference -0.0101 (95 % interval -0.0422 to 0.022), n=5; last "
+                "exploitability 0.306 to 0.156"
+            ),
+        ),
     ),
 )

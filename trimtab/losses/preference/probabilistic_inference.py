@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.losses._reduction import check_logits, check_targets, reduce, working_dtype
 from trimtab.losses.preference._pairs import check_number, log_probabilities
@@ -133,4 +133,15 @@ CARD = Card(
         ),
     },
     deviations=("The share of accepted responses is an argument, so that micro-batches add up to their batch.",),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=none",
+            "loss=pmpo-rejected",
+            metric="reward",
+            higher_is_better=True,
+            mechanism="kl",
+            outcome="better: -3.48e-09 to 1.23, difference 1.23 (95 % interval 0.339 to 2.13), n=5; kl 0 to 4.91",
+        ),
+    ),
 )

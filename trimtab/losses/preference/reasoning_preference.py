@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, lengths, log_probabilities, logistic
 
@@ -94,5 +94,16 @@ CARD = Card(
         "The paper divides the likelihood of prompt-conditioned thought and answer by their tokens; here |y_w| is what "
         "the caller counts.",
         "TRL's rpo_alpha averages over all tokens of a batch, not over each response first.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=dpo",
+            "loss=iterative-rpo",
+            metric="chosen_log_prob",
+            higher_is_better=True,
+            mechanism="reward",
+            outcome="better: -7.15 to 0.213, difference 7.37 (95 % interval 5.27 to 9.46), n=5; reward 1.81 to 0.405",
+        ),
     ),
 )

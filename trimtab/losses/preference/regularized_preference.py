@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, lengths, log_probabilities, logistic
 
@@ -105,5 +105,18 @@ CARD = Card(
     deviations=(
         "The authors' code has one coefficient in place of eta beta, and a likelihood that is a mean over tokens: give "
         "baseline_lengths and eta = coefficient / beta for it.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.preferences:pairs",
+            "loss=dpo,lr=0.01,uncovered=true",
+            "loss=rpo,lr=0.01,uncovered=true",
+            metric="uncovered",
+            mechanism="reward",
+            outcome=(
+                "no evidence: 0.0788 to 0.0603, difference -0.0185 (95 % interval -0.0665 to 0.0294), n=5; "
+                "reward 1.82 to 1.83"
+            ),
+        ),
     ),
 )

@@ -1,0 +1,1 @@
+"""Methods for convolutions: their operators' singular values, and their batch normalisation."""

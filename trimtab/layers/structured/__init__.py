@@ -1,0 +1,1 @@
+"""Structured linear layers: matrices that are products of small factors, in place of dense ones."""

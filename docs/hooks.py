@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from figures import bench_results, bench_tasks, claims, conformance, head_cost, layer_cost, optimizer_cost
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from tables import bullets, prose, table
 from typer.main import get_command
 
-from trimtab.bench import SUITE
 from trimtab.card import Card, Paper
 from trimtab.catalogue import methods
 from trimtab.cli.app import app
@@ -73,29 +73,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return PARTS[marker[1]]()
 
     return MARKER.sub(generate, markdown)
-
-
-def prose(text: str) -> str:
-    """Escape what Markdown would read as markup, except code in backticks and an *emphasised* word."""
-    escaped = []
-    for part in re.split(r"(`[^`]*`|(?<!\w)\*\w[^*]*\*(?!\w))", " ".join(text.split())):
-        kept = part[:1] in "`*" and len(part) > 1
-        escaped.append(part.replace("|", r"\|") if kept else re.sub(r"([\\*_<>\[\]|#~])", r"\\\1", part))
-    return "".join(escaped)
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a Markdown table, or a line that says that there is nothing."""
-    titles, body = list(head), [list(row) for row in rows]
-    if not body:
-        return "None yet.\n"
-    lines = [titles, ["---"] * len(titles), *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def bullets(items: Iterable[str]) -> str:
-    """Return a Markdown list."""
-    return "".join(f"- {item}\n" for item in items)
 
 
 def paper_link(paper: Paper) -> str:
@@ -263,131 +240,14 @@ def default(option: Any) -> str:
     return "" if option.default in (None, False, ()) or callable(option.default) else f"`{option.default}`"
 
 
-def measured(name: str) -> tuple[dict[str, Any], str]:
-    """Return a benchmark's committed result, and a line that says where it comes from."""
-    document = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-    machine = document["environment"]
-    source = f"Measured by `{document['command']}` on {machine['processor']}, torch {machine['torch']}."
-    return document["result"], source
-
-
-def optimizer_cost() -> str:
-    """Return the table of what an optimizer's step costs, by size of the model."""
-    result, source = measured("optim")
-    parts = [source]
-    for size, rows in result["table"].items():
-        lines = []
-        for name, row in rows.items():
-            if "failed" in row:
-                lines.append((name, prose(row["failed"]), "", "", ""))
-                continue
-            cells = (row["ratio"]["median"], row["per_byte"], row["state_bytes_per_parameter"])
-            lines.append((name, *(f"{cell:.2f}" for cell in cells), f"{row['first_step_seconds']:.1f}"))
-        head = ("optimizer", "time / fused AdamW", "the same per byte", "state bytes a parameter", "first step, s")
-        parts.append(f"### {size} parameters\n\n{table(head, lines)}")
-    return "\n\n".join(parts)
-
-
-def conformance() -> str:
-    """Return the table of agreement with other implementations."""
-    result, source = measured("conformance")
-    lines = [
-        (
-            row["ours"],
-            prose(f"{row['peer']} {row.get('version', '')}"),
-            prose(row["settings"]),
-            row["dtype"],
-            f"{row['drift']:.1e}" if "drift" in row else "",
-            prose(f"{row['verdict']}{': ' if row.get('why') else ''}{row.get('why', '')}"),
-        )
-        for row in result["rows"]
-    ]
-    return source + "\n\n" + table(("ours", "peer", "settings", "dtype", "drift", "verdict"), lines)
-
-
-def bench_tasks() -> str:
-    """Return the table of the benchmark's tasks."""
-    rows = []
-    for task in SUITE:
-        settings = task.settings()
-        size = f"{settings.steps} steps of {settings.batch_size}"
-        rows.append(
-            (task.name, f"[{task.workload}](workloads.md#{task.workload})", prose(task.shows), size, task.metric)
-        )
-    return table(("task", "workload", "shows", "run", "what counts"), rows)
-
-
-def bench_results() -> str:
-    """Return the benchmark's results: against AdamW, task by task, and the scores of the performance profile."""
-    if not (ROOT / "benchmarks" / "results" / "bench.json").exists():
-        return "No contender has been measured yet.\n"
-    result, source = measured("bench")
-    rows = result["contenders"]
-    against = {row["arm"]: row["judgements"][0] for row in rows if row["judgements"]}
-    scores = {
-        unit: {entry["label"]: entry["score"] for entry in result["profiles"][unit]["contenders"]}
-        for unit in ("steps", "cpu")
-    }
-    head = (
-        "arm",
-        "better",
-        "no evidence",
-        "worse",
-        "speed-up, steps",
-        "speed-up, CPU time",
-        "score, steps",
-        "score, CPU",
-    )
-    overall = []
-    for row in rows:
-        arm, found = row["arm"], against.get(row["arm"])
-        words = [entry["verdict"] for entry in found["tasks"]] if found else []
-        counts = [str(words.count(word)) if found else "" for word in ("better", "no evidence", "worse")]
-        speeds = [_speed(found[f"speed_{unit}"]) if found else "baseline" for unit in ("steps", "cpu")]
-        overall.append((f"`{arm}`", *counts, *speeds, *(_rounded(scores[unit].get(arm)) for unit in ("steps", "cpu"))))
-    parts = [source, f"### Against AdamW\n\n{table(head, overall)}"]
-    parts += [f"### {task.name}\n\n{_bench_task(rows, against, task.name)}" for task in SUITE]
-    return "\n\n".join(parts)
-
-
-def _bench_task(rows: list[dict[str, Any]], against: dict[str, Any], name: str) -> str:
-    """Return the table of one task."""
-    lines = []
-    for row in rows:
-        own = next((found for found in row["tasks"] if found["task"] == name), None)
-        if own is None:
-            lines.append((f"`{row['arm']}`", prose(row["left_out"].get(name, "")), "", "", "", "", "", ""))
-            continue
-        found = next((one for one in against.get(row["arm"], {"tasks": ()})["tasks"] if one["task"] == name), None)
-        mean = found["mean"] if found else sum(own["values"]) / len(own["values"])
-        verdict, difference, speed = "baseline", "", ""
-        if found:
-            pair = found["pair"]
-            verdict = f"{found['verdict']} (n={pair['n']}, p={found['p']:.2g})"
-            difference = f"{pair['mean']:+.3g} [{pair['low']:+.3g}, {pair['high']:+.3g}]"
-            speed = "" if found["speed_steps"] is None else f"{found['speed_steps']:.2f}"
-        best = f"{own['best']['lr']:.2g}" + (" (edge)" if own["lr_at_edge"] else "")
-        logit = own["mechanism"].get("attention_max_logit")
-        lost = f"{own['diverged_points']}/{own['tuning_points']}"
-        lines.append((f"`{row['arm']}`", f"{mean:.4g}", difference, verdict, speed, best, lost, _rounded(logit)))
-    head = ("arm", "mean", "difference", "verdict", "speed-up", "best lr", "diverged points", "largest attention logit")
-    return table(head, lines)
-
-
-def _speed(found: dict[str, Any]) -> str:
-    flag = "" if found["credible"] else ", look for a mistake first"
-    return f"{found['mean']:.2f} ({found['low']:.2f} to {found['high']:.2f}{flag})" if found["tasks"] else "none"
-
-
-def _rounded(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
-
-
 PARTS: dict[str, Callable[[], str]] = {
     "bench-tasks": bench_tasks,
     "bench-results": bench_results,
     "optimizer-cost": optimizer_cost,
+    "claims": claims,
     "conformance": conformance,
+    "head-cost": head_cost,
+    "layer-cost": layer_cost,
     "signals": signals,
     "findings": findings,
     "remedies": remedies,

@@ -23,6 +23,7 @@ from trimtab.errors import RunFailedError
 
 _HOME = Path(__file__).resolve().parents[2]
 _COMMANDS = [
+    "audit-init",
     "bench",
     "branch",
     "compare",

@@ -12,6 +12,7 @@ import typer
 
 from trimtab import __version__
 from trimtab.cli import (
+    audit_init,
     bench,
     compare,
     coord_check,
@@ -51,6 +52,7 @@ for module in (
     lr_range,
     pbt,
     coord_check,
+    audit_init,
     sweep,
     tune,
     bench,

@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
+from trimtab.layers._checkpointing import recomputing
 from trimtab.layers._power_iteration import as_matrix, first_singular, iterate, unit
 from trimtab.scalars import to_scalar
 
@@ -93,7 +94,7 @@ class SigmaReparam(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             matrix = as_matrix(weight)
             with torch.no_grad():
-                if self.training and not self._advanced and not _recomputing():
+                if self.training and not self._advanced and not recomputing():
                     u, v = iterate(matrix, self.v.to(matrix.dtype))
                     self.u.copy_(u)
                     self.v.copy_(v)
@@ -103,11 +104,6 @@ class SigmaReparam(nn.Module):
                 u, v = unit(self.u.to(matrix.dtype)), unit(self.v.to(matrix.dtype))
             scale = self.gamma.to(matrix.dtype) / torch.dot(u, torch.mv(matrix, v))
             return (scale * matrix).reshape(weight.shape).to(weight.dtype)
-
-
-def _recomputing() -> bool:
-    """Return whether this is activation checkpointing's second forward, which must see the first one's vectors."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _rearm(module: nn.Module, args: Any, output: Any) -> None:

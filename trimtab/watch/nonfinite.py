@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.scalars import to_scalar
+from trimtab.undisturbed import undisturbed
 from trimtab.watch.sampling import first_tensor
-from trimtab.watch.undisturbed import undisturbed
 
 
 @dataclass(frozen=True)

@@ -6,29 +6,23 @@ s^2 / 2 to it.
 
 from __future__ import annotations
 
-import math
-
 from trimtab.diagnose.papers import RECIPE
 from trimtab.diagnose.pathology import Match, Pathology, Signals
 from trimtab.diagnose.robust import finite_points
+from trimtab.first_loss import guessing_loss, highest_first_loss, logit_spread
 
-EXCESS = 1.0
-"""Ours, in nats: logits of standard deviation 1.4."""
-RATIO = 1.5
-"""Ours: times log(n_classes): 1.07 at most in healthy runs, 2 and more with a head or loss of the wrong scale."""
 FIRST = 3
 """Losses at the beginning that must all be high (two if the first is extreme)."""
 
 
 def rule(signals: Signals) -> Match | None:
-    """Fire where the first loss is RATIO times, and EXCESS nats, above log(n_classes)."""
+    """Fire where the first loss is at the level of `highest_first_loss` or above."""
     classes = signals.meta.get("n_classes")
     steps, losses = finite_points(signals.series("loss"))
     # A resumed run, or a record that begins late, has no initial loss.
     if not isinstance(classes, int) or classes < 2 or not len(losses) or steps[0] > 1:
         return None
-    guess = math.log(classes)
-    level = max(RATIO * guess, guess + EXCESS)
+    guess, level = guessing_loss(classes), highest_first_loss(classes)
     value = float(losses[0])
     if value < level:
         return None
@@ -36,7 +30,7 @@ def rule(signals: Signals) -> Match | None:
     sure = 2 if value >= 2 * level else FIRST
     if not (losses[:sure] >= level).all():
         return None
-    spread = math.sqrt(2 * (value - guess))
+    spread = logit_spread(value, classes)
     evidence: dict[str, float | int | str] = {
         "signal": "loss",
         "value": value,

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers.sigma_reparam import _recomputing
+from trimtab.layers._checkpointing import recomputing
 from trimtab.scalars import to_scalar
 
 __all__ = ["StableRankNorm"]
@@ -151,7 +151,7 @@ class StableRankNorm(nn.Module):
         with torch.autocast(weight.device.type, enabled=False):
             kernel = weight.to(torch.promote_types(weight.dtype, torch.float32))
             with torch.no_grad():
-                if self.training and not _recomputing():
+                if self.training and not recomputing():
                     image, slope = self._iterate(kernel, self.image.to(kernel.dtype))
                     shrunk = self._shrink(kernel, slope)
                     shrunk_image, shrunk_slope = self._iterate(shrunk, self.shrunk_image.to(kernel.dtype))

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
+from trimtab.layers._checkpointing import recomputing
 from trimtab.layers.structured._linear import StructuredLinear, working
 from trimtab.scalars import to_scalar
 
@@ -81,18 +82,13 @@ class GuidedLinear(StructuredLinear):
         if self.guide is not None and self.guide_step is not None:
             if self.training and self.count_forwards:
                 # A new tensor, not a change in place: a compiled backward recomputes alpha from the one it was given.
-                if not _recomputing():
+                if not recomputing():
                     self.guide_step = self.guide_step + 1
                 alpha = self.alpha(self.guide_step - 1)
             else:
                 alpha = self.alpha()
             y = alpha.to(y.dtype) * F.linear(x, self.guide) + (1 - alpha).to(y.dtype) * y
         return y if self.bias is None else y + self.bias.to(y.dtype)
-
-
-def _recomputing() -> bool:
-    """Return whether this is activation checkpointing's second forward, which must see the first one's alpha."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def guided_layers(model: nn.Module) -> dict[str, GuidedLinear]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number
 from trimtab.losses.tuning._tokens import for_tokens, token_log_probs
@@ -97,5 +97,18 @@ CARD = Card(
         "The value and its loss, which Korbak et al. learn with a head of the model, are the caller's.",
         "Reward-weighted regression is the case of advantages that are rewards; its weights are not divided by their "
         "sum over the batch, which would couple micro-batches.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.fine_tuning:preferences",
+            "method=plain",
+            "method=advantage",
+            metric="bad_rate",
+            mechanism="clean_loss",
+            outcome=(
+                "better: bad words 7.7 % to 1.5 %, difference -6.2 points (95 % interval -6.8 to -5.6), n=5; "
+                "loss of clean texts 1.656 to 1.629, -0.027 (-0.038 to -0.017)"
+            ),
+        ),
     ),
 )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.losses.tuning._tokens import check_mask
 
@@ -103,5 +103,18 @@ CARD = Card(
         "The method is on the side of the data: the loss is plain cross-entropy on what prepend_control returns.",
         "The paper puts a token before each sentence and drops 1 % of them at random, to sample without one too; here "
         "the rows are the caller's.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.fine_tuning:preferences",
+            "method=plain",
+            "method=conditional",
+            metric="bad_rate",
+            mechanism="clean_loss",
+            outcome=(
+                "better: bad words 7.7 % to 0.3 %, difference -7.4 points (95 % interval -8.0 to -6.9), n=5; "
+                "loss of clean texts after the good token 1.656 to 1.622, -0.034 (-0.041 to -0.026)"
+            ),
+        ),
     ),
 )

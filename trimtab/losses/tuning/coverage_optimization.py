@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.losses._reduction import reduce
 from trimtab.losses._stable import log1mexp
@@ -100,5 +100,20 @@ CARD = Card(
     },
     deviations=(
         "The paper replaces examples whose factor F is below a threshold by others in the batch; that is the loader's.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.tails:coverage",
+            "samples=1",
+            "samples=8",
+            metric="pass_at_n",
+            higher_is_better=True,
+            mechanism="decline",
+            outcome=(
+                "better: pass@8 0.719 to 0.762, difference +0.042 (95 % interval +0.036 to +0.048), n=5; it "
+                "falls by 0.035 from its best on the way with cross-entropy and by 0.010 with DCO, -0.026 "
+                "(-0.031 to -0.021)"
+            ),
+        ),
     ),
 )

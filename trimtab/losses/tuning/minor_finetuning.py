@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number, log_probabilities
 
@@ -81,5 +81,19 @@ CARD = Card(
         "Whether log-probabilities are sums or means over tokens is the caller's; the paper's division by the number "
         "of tokens is recalled.",
         "torchrl's minor_sft is -log sigmoid(beta [log pi - log ref]): the same gradient times beta / 2.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.fine_tuning:deviation",
+            "beta=0",
+            "beta=0.1",
+            metric="deviation",
+            mechanism="old_loss",
+            outcome=(
+                "better: at the same loss of the new texts, log-ratio to the original model per token 1.01 to "
+                "0.95, difference -0.065 (95 % interval -0.112 to -0.020), n=5, in 54 steps for 44; loss of the "
+                "old texts 2.31 to 2.24, -0.064 (-0.107 to -0.020)"
+            ),
+        ),
     ),
 )

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number
@@ -144,5 +144,18 @@ CARD = Card(
     },
     deviations=(
         "Equations and a = 1/2 are recalled. The regulariser is divided by the number of all targets, as the rest is.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.fine_tuning:mixup",
+            "mu=0",
+            "mu=0.2",
+            metric="held_loss",
+            mechanism="confident_gap",
+            outcome=(
+                "no evidence here: held-out loss 1.697 in both arms, difference +0.0003 (95 % interval -0.0001 "
+                "to +0.0007), n=5; gap of the confident texts -0.0002 (-0.0006 to +0.0003)"
+            ),
+        ),
     ),
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number
 from trimtab.losses.tuning._tokens import check_mask, token_log_probs
@@ -141,5 +141,18 @@ CARD = Card(
     deviations=(
         "The authors' code leaves tokens that end a parameter out of n_other; here they are other tokens. It finds key "
         "tokens from the text of one tokenizer; here the mask is the caller's.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.fine_tuning:calls",
+            "max_weight=1",
+            "max_weight=9,drop_errors=true",
+            metric="key_error",
+            mechanism="other_loss",
+            outcome=(
+                "no evidence here: wrong tools 4.4 % to 0.6 %, difference -3.9 points (95 % interval -7.8 to "
+                "+0.04), n=5; loss of arguments 0.009 to 0.062, +0.053 (-0.027 to +0.133)"
+            ),
+        ),
     ),
 )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trimtab.card import Card, Default, Paper
+from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.losses._reduction import reduce
 from trimtab.losses._stable import log1mexp
 from trimtab.losses.preference._pairs import check_number
@@ -89,5 +89,18 @@ CARD = Card(
     deviations=(
         "Bad tokens are given as a mask: Welleck et al. take the tokens that came before, Korbak et al. those whose "
         "score is above a threshold. 1 - p is bounded below by one rounding step, in the latter's code by 1e-20.",
+    ),
+    experiments=(
+        Experiment(
+            "trimtab.studies.fine_tuning:preferences",
+            "method=plain",
+            "method=unlikelihood",
+            metric="bad_rate",
+            mechanism="clean_loss",
+            outcome=(
+                "better: bad words 7.7 % to 0.05 %, difference -7.7 points (95 % interval -8.2 to -7.2), n=5; "
+                "loss of clean texts 1.656 to 1.612, -0.044 (-0.054 to -0.035)"
+            ),
+        ),
     ),
 )

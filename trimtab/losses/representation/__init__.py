@@ -1,0 +1,1 @@
+"""Losses of representations: functions of embeddings that contrast, regularise or align them."""

@@ -1,0 +1,1 @@
+"""Losses that make a classifier robust to perturbed inputs."""

@@ -174,7 +174,7 @@ def test_rule_holds(rule: Rule) -> None:
     [
         (import_arrows, "trimtab.errors", "from trimtab.record import Run"),
         (import_arrows, "trimtab.record.reader", "def f():\n    import trimtab.watch.watch"),
-        (import_arrows, "trimtab.losses.zloss", "from trimtab.layers.qk_norm import QKNorm"),
+        (import_arrows, "trimtab.losses.zloss", "from trimtab.layers.attention.qk_norm import QKNorm"),
         (import_arrows, "trimtab.losses.zloss", "from ..layers import qk_norm"),
         (import_arrows, "trimtab.diagnose.doctor", "from trimtab import Watch"),
         (import_arrows, "trimtab.diagnose.doctor", "import trimtab\ntrimtab.Watch"),
@@ -198,7 +198,7 @@ def test_rules_see_what_they_ban(rule: Rule, module: str, source: str) -> None:
     ("rule", "module", "source"),
     [
         (import_arrows, "trimtab.watch.watch", "from trimtab.record import Recorder\nfrom trimtab import __version__"),
-        (import_arrows, "trimtab.layers.qk_norm", "from trimtab.card import Card\nfrom . import attention"),
+        (import_arrows, "trimtab.layers.attention.qk_norm", "from trimtab.card import Card\nfrom . import attention"),
         (import_arrows, "trimtab.cli.app", "from trimtab import Watch\nfrom trimtab.report import build_report"),
         (third_party_homes, "trimtab.report.page", "import plotly"),
         (no_raw_item, "trimtab.scalars", "full.item()"),

@@ -90,10 +90,10 @@ class Card:
         claim: what the paper says it achieves.
         acts_on: what `apply` changes: a model in place, a loss function, an optimizer, an arm's settings or the
             batches; a method that acts on a run goes around it and is called by its own name.
-        entry: import path of the public object, `"trimtab.layers.qk_norm:QKNorm"`.
+        entry: import path of the public object, `"trimtab.layers.attention.qk_norm:QKNorm"`.
         treats: findings it remedies, each with its place in the order of remedies (1 is tried first).
         defaults: default values with their source.
-        verified: test ids (`"tests/layers/test_qk_norm.py::test_x"`) by level: equation, reference, claim.
+        verified: test ids (`"tests/layers/attention/test_qk_norm.py::test_x"`) by level: equation, reference, claim.
         deviations: where it departs from the paper or its code, and why.
         experiments: its claims as paired comparisons.
         apply: for `"model"`: changes the model in place and returns what it changed, `{module: what}`; for `"loss"`:

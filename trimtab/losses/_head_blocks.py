@@ -114,7 +114,9 @@ class TotalCutCrossEntropy(torch.autograd.Function):
                 top = s.amax(-1, keepdim=True)
                 mass = s.sub_(top).exp_().sum(-1, keepdim=True)
                 lse = top + mass.log()
-                sum_ += (_values(lse.squeeze(-1), chosen, total, weight.shape[0], head) * kept.squeeze(-1)).sum()
+                values = _values(lse.squeeze(-1), chosen, total, weight.shape[0], head)
+                # Left out, not multiplied by 0: a token that does not count has class 0, whose bias may be -inf.
+                sum_ += torch.where(kept.squeeze(-1) > 0, values, torch.zeros_like(values)).sum()
                 s.div_(mass)
                 _to_scores(s, lse, kept > 0, place, weight.shape[0], head)
                 s *= kept if slope is None else slope.mul_(kept)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.layers.adaptive_norm import AdaptiveBlock, AdaptiveModulation, SharedModulation
+from trimtab.layers.norms.adaptive_norm import AdaptiveBlock, AdaptiveModulation, SharedModulation
 from trimtab.scalars import to_scalar
 from trimtab.studies._fitting import minibatch
 from trimtab.workloads.transformer import SelfAttention

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from trimtab.errors import choose
-from trimtab.layers.long_short_attention import windowed_attention
+from trimtab.layers.attention.long_short_attention import windowed_attention
 from trimtab.remedy import apply
 from trimtab.scalars import to_scalar
 from trimtab.studies._fitting import fit

@@ -70,7 +70,8 @@ def halves(
             for encode, half in zip(encoders, (images[:, :, :4], images[:, :, 4:]), strict=True)
         )
         scores = anchors @ positives.T
-        place = (scores > scores.diagonal().unsqueeze(1)).sum(1).double() + 1
+        # Whatever is not below a half's own other half comes before it: ties, as of embeddings that collapsed, and NaN.
+        place = (~(scores < scores.diagonal().unsqueeze(1))).sum(1).double()
     return {
         "recall": to_scalar((place == 1).double().mean()),
         "rank": to_scalar((1 / place).mean()),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trimtab.layers.norm_placement import ResidualStack
+from trimtab.layers.norms.norm_placement import ResidualStack
 from trimtab.scalars import to_floats, to_scalar
 from trimtab.studies._fitting import fit, last, minibatch
 from trimtab.workloads.transformer import CausalSelfAttention

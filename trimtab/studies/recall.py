@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError, choose
-from trimtab.layers.gated_delta import GatedDeltaNet
-from trimtab.layers.gla import GatedLinearAttention
+from trimtab.layers.linear.gated_delta import GatedDeltaNet
+from trimtab.layers.linear.gla import GatedLinearAttention
 from trimtab.scalars import to_scalar
 from trimtab.studies._fitting import fit, last
 

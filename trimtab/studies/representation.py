@@ -75,7 +75,13 @@ def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _probed(train: Tensor, labels: Tensor, test: Tensor, *, classes: int, steps: int) -> Tensor:
-    """Return the classes that a linear classifier on frozen features, as they are, gives to others."""
+    """Return the classes that a linear classifier on frozen features gives to others.
+
+    Features are standardised by those of the training part: their scale, which differs between arms, is no part of what
+    they know.
+    """
+    mean, spread = train.mean(0), train.std(0).clamp(min=1e-12)
+    train, test = (train - mean) / spread, (test - mean) / spread
     weight = torch.zeros(classes, train.shape[1], requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     fit([weight, bias], lambda _: F.cross_entropy(F.linear(train, weight, bias), labels), steps=steps, lr=0.03)
@@ -128,8 +134,6 @@ def places(
     test, answers = _scenes(data.test_inputs, data.test_targets, 64, judge)
     with torch.no_grad():
         rows, unseen = (network(x)[2].transpose(1, 2).flatten(0, 1) for x in (train, test))
-        mean, spread = rows.mean(0), rows.std(0).clamp(min=1e-6)
-        rows, unseen = (rows - mean) / spread, (unseen - mean) / spread
         first, second = network(_jittered(test, judge))[2], network(_jittered(test, judge))[2]
         chosen = (F.normalize(first, dim=1).transpose(1, 2) @ F.normalize(second, dim=1)).argmax(-1)
         matched = answers.gather(1, chosen) == answers

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import choose
-from trimtab.layers.continuous_position_bias import LogCPB
-from trimtab.layers.cosine_attention import CosineAttention
+from trimtab.layers.attention.continuous_position_bias import LogCPB
+from trimtab.layers.attention.cosine_attention import CosineAttention
 from trimtab.scalars import to_scalar
 from trimtab.studies._fitting import fit, minibatch
 from trimtab.workloads.transformer import Block

@@ -166,7 +166,7 @@ def _with_rates(model: nn.Module, groups: list[dict[str, Any]], settings: Settin
     """Split groups by the learning rates of muP, where the run has it."""
     if "mup" not in settings.remedies:
         return groups
-    from trimtab.layers.mup import mup_groups
+    from trimtab.layers.initialization.mup import mup_groups
 
     kind = optimizer_class(settings.optimizer)
     if settings.optimizer == "sgd" or (kind is not None and kind.__name__ == "SGD"):

@@ -109,7 +109,8 @@ def implicit_unlikelihood_loss(
         n: length of n-grams, at least 1.
         alpha: weight of the unlikelihood of repeated tokens, at least 0; at 0 it is the policy gradient alone.
         beta: weight of the policy gradient, at least 0; at 0 it is sequence-level unlikelihood training.
-        baseline: b, what is taken from each reward; None for the mean of this batch's. For micro-batches and ranks that
+        baseline: b, what is taken from each reward; None for the mean of those of this batch
+            that have a token that counts. For micro-batches and ranks that
             add up to a whole batch, give the whole batch's mean.
         ignore_index: token that does not count.
         reduction: `"mean"` over the tokens that count, `"sum"` or `"none"`.
@@ -138,7 +139,8 @@ def implicit_unlikelihood_loss(
         reward_B = 1 - sequence_repetition(samples, n=n, ignore_index=ignore_index).to(log_probs.dtype)
         repeated = repeated_ngrams(samples, n=n, ignore_index=ignore_index)
         if baseline is None:
-            baseline = reward_B.mean() if reward_B.numel() else 0.0
+            counts_B = valid.any(1)
+            baseline = torch.where(counts_B, reward_B, 0).sum() / counts_B.sum().clamp(min=1)
         gain_B1 = (reward_B - baseline).unsqueeze(1)
     unlikelihood = torch.where(repeated, -log1mexp(log_probs), torch.zeros_like(log_probs))
     return reduce(alpha * unlikelihood - beta * gain_B1 * log_probs, valid, reduction, denominator)

@@ -144,7 +144,7 @@ def gradient_penalty(
         if scores.shape[:1] != real.shape[:1] or scores.numel() != real.shape[0]:
             raise UsageError(f"the critic must give one score for each sample, got {tuple(scores.shape)}.")
         (slopes,) = torch.autograd.grad(scores.sum(), points, create_graph=True)
-    wide = slopes.to(torch.promote_types(slopes.dtype, torch.float32)).flatten(1)
+    wide = slopes.to(torch.promote_types(slopes.dtype, torch.float32)).unsqueeze(-1).flatten(1)
     squares = wide.square().sum(1)
     # The root of 0 has no derivative: a critic that is flat at a point is pushed nowhere there.
     flat = squares == 0

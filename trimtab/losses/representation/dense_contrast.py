@@ -102,13 +102,14 @@ def dense_contrastive_loss(
     """
     check_number("weight", weight, 0, 1)
     check_number("temperature", temperature, 0, open_low=True)
-    queues = {name: value for name, value in (("queue", queue), ("dense_queue", dense_queue)) if value is not None}
-    check_rows(queries=queries, keys=keys, **queues)
+    check_rows(queries=queries, keys=keys, **({} if queue is None else {"queue": queue}))
     if dense_queries.dim() != 3 or dense_keys.dim() != 3 or dense_queries.shape[:2] != dense_keys.shape[:2]:
         raise UsageError(
             f"dense embeddings must be [B, D, places] of the same images, got {tuple(dense_queries.shape)} and "
             f"{tuple(dense_keys.shape)}."
         )
+    if dense_queue is not None:
+        check_rows(dense_queries=dense_queries.transpose(1, 2).flatten(0, 1), dense_queue=dense_queue)
     if len({len(part) for part in (queries, keys, dense_queries, features)}) > 1:
         raise UsageError("queries, keys, dense embeddings and features must be of the same images.")
     matches_BS = match_places(features, key_features)

@@ -109,7 +109,9 @@ def cached_contrastive_step(
                 final = last[id(encode)] == index and j == len(chunks) - 1
                 states[index][j].restore()
                 with _synchronized(encode, final), torch.enable_grad():
-                    torch.autograd.backward(_rows(encode(*arguments, **named), size), cached[j])
+                    rows_j = _rows(encode(*arguments, **named), size)
+                    if rows_j.requires_grad:  # not of an encoder that is frozen
+                        torch.autograd.backward(rows_j, cached[j])
     finally:
         after.restore()
     return value.detach()

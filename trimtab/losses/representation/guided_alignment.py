@@ -234,6 +234,8 @@ class Guidance:
 def _unit_gram(x: Tensor, unbiased: bool) -> Tensor:
     """Return the centred Gram matrix [B, B] of activations, of norm 1, or 0 where all samples are the same."""
     x = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    # Shifted by the first sample, samples that are all the same are 0 exactly, and not the rounding of their mean.
+    x = x - x[:1].detach()
     x = x - x.mean(0)
     # CKA does not depend on scale: without it, squares of the faint signals of deep networks would underflow.
     x = x / x.detach().abs().amax().clamp(min=torch.finfo(x.dtype).tiny)

@@ -84,7 +84,8 @@ def epps_pulley(
         dist.all_reduce(count, group=group)
     size = count.clamp(min=1)
     error_MT = (real_MT / size - phi_T).square() + (imaginary_MT / size).square()
-    return (error_MT @ weights_T) * count
+    # Not a matrix product, which autocast would take in half precision.
+    return (error_MT * weights_T).sum(-1) * count
 
 
 def random_slices(size: int, slices: int, *, generator: torch.Generator | int) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError, choose
-from trimtab.layers.mup import apply_mup, mup_param_groups
+from trimtab.layers.initialization.mup import apply_mup, mup_param_groups
 from trimtab.tune.scaling._coordinate_sizes import measure_coordinates
 from trimtab.workloads.workload import seeded
 

@@ -13,7 +13,7 @@ from trimtab.compare.jobs import Job, Progress, run_jobs
 from trimtab.compare.store import strict, write_results
 from trimtab.compare.training import prepared
 from trimtab.errors import choose
-from trimtab.layers.mup import apply_mup
+from trimtab.layers.initialization.mup import apply_mup
 from trimtab.tune.scaling.coordinates import (
     PARAMETRIZATIONS,
     CoordinateCheck,

@@ -163,7 +163,7 @@ CARD = Card(
         "analysis; in small ViTs also less variance between runs (Born et al. 2025, arXiv:2504.16275)."
     ),
     acts_on="model",
-    entry="trimtab.layers.sinkhorn_attention:SinkhornAttention",
+    entry="trimtab.layers.attention.sinkhorn_attention:SinkhornAttention",
     treats={"attention-entropy-collapse": 5, "rank-collapse": 2, "attention-sink": 4},
     defaults=(
         Default("n_iters", 3, "authors' code, vit.py: max_iter=3 of Attention, where rows and columns count apart"),
@@ -172,10 +172,10 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_sinkhorn_attention.py::test_equals_scaling_in_plain_loops",
-            "tests/layers/test_sinkhorn_attention.py::test_rows_and_columns_sum_to_one",
+            "tests/layers/attention/test_sinkhorn_attention.py::test_equals_scaling_in_plain_loops",
+            "tests/layers/attention/test_sinkhorn_attention.py::test_rows_and_columns_sum_to_one",
         ),
-        "reference": ("tests/layers/test_sinkhorn_attention.py::test_equals_the_dual_updates",),
+        "reference": ("tests/layers/attention/test_sinkhorn_attention.py::test_equals_the_dual_updates",),
     },
     deviations=(
         "3 steps (the authors' default) end on the rows, which then sum to 1 exactly; columns do so only roughly. "

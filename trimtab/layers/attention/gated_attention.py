@@ -283,7 +283,7 @@ CARD = Card(
         "spikes and tolerates larger learning rates."
     ),
     acts_on="model",
-    entry="trimtab.layers.gated_attention:GatedAttention",
+    entry="trimtab.layers.attention.gated_attention:GatedAttention",
     treats={"attention-sink": 1, "massive-activations": 2, "loss-spike": 6},
     defaults=(
         Default("granularity", "elementwise", "paper, section 3: the best variant; Qwen3-Next (recalled)"),
@@ -293,11 +293,11 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_gated_attention.py::test_equals_plain_loops",
-            "tests/layers/test_gated_attention.py::test_preserves_the_function",
+            "tests/layers/attention/test_gated_attention.py::test_equals_plain_loops",
+            "tests/layers/attention/test_gated_attention.py::test_preserves_the_function",
         ),
         "reference": (
-            "tests/layers/test_gated_attention.py::test_equals_qwen3_next",
+            "tests/layers/attention/test_gated_attention.py::test_equals_qwen3_next",
             "tests/layers/test_self_attention.py::test_gate_equals_timm",
         ),
     },

@@ -171,7 +171,7 @@ CARD = Card(
         "on FashionMNIST against 88.9 % for softmax and 89.1 % for Sinkhorn, in a ViT of 2 layers."
     ),
     acts_on="model",
-    entry="trimtab.layers.orthostochastic_attention:QRAttention",
+    entry="trimtab.layers.attention.orthostochastic_attention:QRAttention",
     treats={"attention-entropy-collapse": 6, "rank-collapse": 3},
     defaults=(
         Default("shift", 1.0, "ours: identity and logits of the same size; the paper has none, with L = 8 <= K"),
@@ -179,8 +179,8 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_orthostochastic_attention.py::test_equals_gram_schmidt",
-            "tests/layers/test_orthostochastic_attention.py::test_rows_and_columns_sum_to_one",
+            "tests/layers/attention/test_orthostochastic_attention.py::test_equals_gram_schmidt",
+            "tests/layers/attention/test_orthostochastic_attention.py::test_rows_and_columns_sum_to_one",
         ),
     },
     deviations=(

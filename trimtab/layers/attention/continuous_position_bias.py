@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, converted, convertible
-from trimtab.layers.cosine_attention import CosineAttention
+from trimtab.layers.attention.cosine_attention import CosineAttention
 
 __all__ = ["LogCPB"]
 
@@ -202,7 +202,7 @@ CARD = Card(
         "table of biases that is interpolated loses much of it and linear spacing some; gains grow with the window."
     ),
     acts_on="model",
-    entry="trimtab.layers.continuous_position_bias:LogCPB",
+    entry="trimtab.layers.attention.continuous_position_bias:LogCPB",
     defaults=(
         Default("hidden", 512, "authors' code: cpb_mlp"),
         Default("log_spaced", True, "paper, section 3.4"),
@@ -210,12 +210,12 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_continuous_position_bias.py::test_equals_plain_loops",
-            "tests/layers/test_continuous_position_bias.py::test_another_window_shares_the_offsets_it_knows",
+            "tests/layers/attention/test_continuous_position_bias.py::test_equals_plain_loops",
+            "tests/layers/attention/test_continuous_position_bias.py::test_another_window_shares_the_offsets_it_knows",
         ),
         "reference": (
-            "tests/layers/test_swin_v2_reference.py::test_window_attention_equals_timm",
-            "tests/layers/test_swin_v2_reference.py::test_vit_becomes_a_swin_v2",
+            "tests/layers/attention/test_swin_v2_reference.py::test_window_attention_equals_timm",
+            "tests/layers/attention/test_swin_v2_reference.py::test_vit_becomes_a_swin_v2",
         ),
     },
     deviations=(

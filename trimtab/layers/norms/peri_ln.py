@@ -18,7 +18,7 @@ from torch import nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._residual_branches import (
+from trimtab.layers.norms._residual_branches import (
     detach_hook,
     first_blocks,
     forget_fused_paths,
@@ -90,7 +90,7 @@ CARD = Card(
         "norms over layers, fewer diverged runs over learning rates and seeds, and a lower loss."
     ),
     acts_on="model",
-    entry="trimtab.layers.norm_placement:ResidualBlock",
+    entry="trimtab.layers.norms.norm_placement:ResidualBlock",
     treats={"massive-activations": 1, "residual-growth": 1, "exploding-gradient": 4, "overflow": 4},
     defaults=(
         Default("norm_placement", "peri", "paper, section 3: norms around the sublayer"),
@@ -98,14 +98,14 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_norm_placement.py::test_equals_plain_loops",
-            "tests/layers/test_peri_ln.py::test_a_changed_block_equals_the_equation",
-            "tests/layers/test_peri_ln.py::test_the_stream_grows_linearly_whatever_the_weights",
+            "tests/layers/norms/test_norm_placement.py::test_equals_plain_loops",
+            "tests/layers/norms/test_peri_ln.py::test_a_changed_block_equals_the_equation",
+            "tests/layers/norms/test_peri_ln.py::test_the_stream_grows_linearly_whatever_the_weights",
             "tests/studies/test_norm_placement.py::test_peri_grows_linearly_where_pre_does_not",
         ),
         "reference": (
-            "tests/layers/test_norm_placement.py::test_pre_and_post_equal_torch",
-            "tests/layers/test_peri_ln.py::test_equals_gemma2",
+            "tests/layers/norms/test_norm_placement.py::test_pre_and_post_equal_torch",
+            "tests/layers/norms/test_peri_ln.py::test_equals_gemma2",
         ),
     },
     deviations=(

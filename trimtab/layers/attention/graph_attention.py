@@ -250,7 +250,7 @@ CARD = Card(
     ),
     claim="Sparse-GIN fine-tuning has better training dynamics and generalises better than LoRA (shown qualitatively).",
     acts_on="model",
-    entry="trimtab.layers.graph_attention:SparseGIN",
+    entry="trimtab.layers.attention.graph_attention:SparseGIN",
     defaults=(
         Default("hidden", None, "authors' README: 155 of 3072"),
         Default("threshold", 0.1, "authors' README"),
@@ -263,11 +263,11 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_graph_attention.py::test_update_equals_the_loop",
-            "tests/layers/test_graph_attention.py::test_adjacency_equals_the_loop",
-            "tests/layers/test_graph_attention.py::test_the_output_is_unchanged_at_first",
+            "tests/layers/attention/test_graph_attention.py::test_update_equals_the_loop",
+            "tests/layers/attention/test_graph_attention.py::test_adjacency_equals_the_loop",
+            "tests/layers/attention/test_graph_attention.py::test_the_output_is_unchanged_at_first",
         ),
-        "reference": ("tests/layers/test_graph_attention.py::test_adjacency_equals_the_loop",),
+        "reference": ("tests/layers/attention/test_graph_attention.py::test_adjacency_equals_the_loop",),
     },
     deviations=(
         "GIN's self term is (1 + eps) h, as in the paper; the authors' code has eps h.",

@@ -309,7 +309,7 @@ CARD = Card(
         "single networks stay near 1e-5; residuals' sizes fall with their frequencies by a power law."
     ),
     acts_on="run",
-    entry="trimtab.layers.multi_stage:fit_multi_stage",
+    entry="trimtab.layers.growth.multi_stage:fit_multi_stage",
     defaults=(
         Default(
             "stages", 3, "ours; authors' code has four, the last two with a width of 30 and three times the samples"
@@ -323,8 +323,8 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_multi_stage.py::test_stage_equals_the_authors_network",
-            "tests/layers/test_multi_stage.py::test_stages_fit_residuals",
+            "tests/layers/growth/test_multi_stage.py::test_stage_equals_the_authors_network",
+            "tests/layers/growth/test_multi_stage.py::test_stages_fit_residuals",
         ),
         "claim": ("tests/studies/test_multi_stage.py::test_curve",),
     },

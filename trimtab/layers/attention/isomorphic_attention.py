@@ -221,7 +221,7 @@ CARD = Card(
     equation="h' = MLP( (1 + eps) h + A h ) in each head, A = softmax(tau q k^T / sqrt(K)), h the head's share of x",
     claim="Lower validation loss and a smaller gap between training and validation loss than standard attention.",
     acts_on="model",
-    entry="trimtab.layers.isomorphic_attention:GINAttention",
+    entry="trimtab.layers.attention.isomorphic_attention:GINAttention",
     defaults=(
         Default("multiplier", 2.0, "authors' code (attention_GIN_MLP_multiplier); their README's example has 0.5"),
         Default("sharpness", 1.0, "authors' code (initial_sharpening_value)"),
@@ -230,8 +230,8 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_isomorphic_attention.py::test_equals_the_loop",
-            "tests/layers/test_isomorphic_attention.py::test_identity_mlp_is_attention_over_nodes",
+            "tests/layers/attention/test_isomorphic_attention.py::test_equals_the_loop",
+            "tests/layers/attention/test_isomorphic_attention.py::test_identity_mlp_is_attention_over_nodes",
         ),
     },
     deviations=(

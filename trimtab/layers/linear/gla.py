@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._linear_attention import (
+from trimtab.layers._self_attention import ConvertedAttention
+from trimtab.layers.linear._linear_attention import (
     GatedHeadNorm,
     ShortConvolution,
     check_shapes,
@@ -43,7 +44,6 @@ from trimtab.layers._linear_attention import (
     widths,
     working,
 )
-from trimtab.layers._self_attention import ConvertedAttention
 
 __all__ = ["GatedLinearAttention", "gated_linear_attention", "recurrent_gated_linear_attention"]
 
@@ -303,7 +303,7 @@ CARD = Card(
         "than linear attention without data-dependent gates; trains faster than FlashAttention-2 beyond length 4096."
     ),
     acts_on="model",
-    entry="trimtab.layers.gla:GatedLinearAttention",
+    entry="trimtab.layers.linear.gla:GatedLinearAttention",
     defaults=(
         Default("expand_k", 0.5, "paper, section 4.4: d_k = d / 2; authors' code"),
         Default("expand_v", 1.0, "paper, section 4.4: d_v = d; authors' code"),
@@ -315,11 +315,11 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_gla.py::test_both_forms_equal_the_loop",
-            "tests/layers/test_gla.py::test_gradients_equal_those_of_the_recurrence",
-            "tests/layers/test_gla.py::test_gates_near_zero_stay_finite_and_exact",
+            "tests/layers/linear/test_gla.py::test_both_forms_equal_the_loop",
+            "tests/layers/linear/test_gla.py::test_gradients_equal_those_of_the_recurrence",
+            "tests/layers/linear/test_gla.py::test_gates_near_zero_stay_finite_and_exact",
         ),
-        "reference": ("tests/layers/test_gla.py::test_without_gates_it_is_linear_attention",),
+        "reference": ("tests/layers/linear/test_gla.py::test_without_gates_it_is_linear_attention",),
     },
     deviations=(
         "The paper normalises each head with LayerNorm and gives the output gate a bias; as in the authors' code it is "

@@ -196,7 +196,7 @@ CARD = Card(
         "high learning rates and lowers the sensitivity of the final loss to the learning rate (Wortsman et al. 2023)."
     ),
     acts_on="model",
-    entry="trimtab.layers.qk_norm:QKNorm",
+    entry="trimtab.layers.attention.qk_norm:QKNorm",
     treats={"attention-logit-growth": 1, "attention-entropy-collapse": 2},
     defaults=(
         Default("kind", "layer", "paper, section 2: LayerNorm; Flax's MultiHeadDotProductAttention(normalize_qk=True)"),
@@ -205,14 +205,14 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_qk_norm.py::test_equals_numpy_layer_norm",
-            "tests/layers/test_qk_norm.py::test_logits_are_bounded",
+            "tests/layers/attention/test_qk_norm.py::test_equals_numpy_layer_norm",
+            "tests/layers/attention/test_qk_norm.py::test_logits_are_bounded",
             "tests/layers/test_multihead.py::test_equals_closed_form",
         ),
         "reference": (
-            "tests/layers/test_qk_norm_reference.py::test_equals_stablelm",
-            "tests/layers/test_qk_norm_reference.py::test_equals_qwen3",
-            "tests/layers/test_qk_norm_reference.py::test_equals_phi",
+            "tests/layers/attention/test_qk_norm_reference.py::test_equals_stablelm",
+            "tests/layers/attention/test_qk_norm_reference.py::test_equals_qwen3",
+            "tests/layers/attention/test_qk_norm_reference.py::test_equals_phi",
             "tests/layers/test_multihead.py::test_without_norm_equals_torch",
         ),
         "claim": ("tests/claims/test_remedies.py::test_attention_logits_stay_bounded_and_entropy_does_not_collapse",),

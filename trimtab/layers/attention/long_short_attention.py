@@ -208,7 +208,7 @@ CARD = Card(
         "lower inference latency."
     ),
     acts_on="model",
-    entry="trimtab.layers.long_short_attention:LongShortAttention",
+    entry="trimtab.layers.attention.long_short_attention:LongShortAttention",
     treats={"attention-logit-growth": 5, "loss-divergence": 6},
     defaults=(
         Default("window", 16, "ours: a quarter of the context of lm-small; the paper's is not in its summaries"),
@@ -216,9 +216,9 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_long_short_attention.py::test_windowed_equals_masked_attention",
-            "tests/layers/test_long_short_attention.py::test_equals_plain_loops",
-            "tests/layers/test_long_short_attention.py::test_cost_against_the_mask",
+            "tests/layers/attention/test_long_short_attention.py::test_windowed_equals_masked_attention",
+            "tests/layers/attention/test_long_short_attention.py::test_equals_plain_loops",
+            "tests/layers/attention/test_long_short_attention.py::test_cost_against_the_mask",
         ),
     },
     deviations=(

@@ -229,7 +229,7 @@ CARD = Card(
         "shared by all (AdaLN-single)."
     ),
     acts_on="model",
-    entry="trimtab.layers.adaptive_norm:AdaptiveModulation",
+    entry="trimtab.layers.norms.adaptive_norm:AdaptiveModulation",
     defaults=(
         Default("kind", "sola", "the method; the others are what it is compared with"),
         Default("rank", 36, "authors' configuration: ada_sola_rank of EzAudio-XL, of width 1152"),
@@ -238,9 +238,9 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_adaptive_norm.py::test_equals_plain_loops",
-            "tests/layers/test_adaptive_norm.py::test_sola_starts_as_single",
-            "tests/layers/test_adaptive_norm.py::test_high_rank_reaches_any_full_modulation",
+            "tests/layers/norms/test_adaptive_norm.py::test_equals_plain_loops",
+            "tests/layers/norms/test_adaptive_norm.py::test_sola_starts_as_single",
+            "tests/layers/norms/test_adaptive_norm.py::test_high_rank_reaches_any_full_modulation",
         ),
     },
     deviations=(

@@ -193,7 +193,7 @@ CARD = Card(
         "maps of some heads; with residual post-norm, models of up to 3B parameters train stably."
     ),
     acts_on="model",
-    entry="trimtab.layers.cosine_attention:CosineAttention",
+    entry="trimtab.layers.attention.cosine_attention:CosineAttention",
     treats={"attention-logit-growth": 4, "attention-entropy-collapse": 4},
     defaults=(
         Default("scale", 10.0, "authors' code: logit_scale starts at log(10)"),
@@ -202,12 +202,12 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_cosine_attention.py::test_equals_plain_loops",
-            "tests/layers/test_cosine_attention.py::test_logits_are_bounded",
+            "tests/layers/attention/test_cosine_attention.py::test_equals_plain_loops",
+            "tests/layers/attention/test_cosine_attention.py::test_logits_are_bounded",
         ),
         "reference": (
-            "tests/layers/test_swin_v2_reference.py::test_window_attention_equals_timm",
-            "tests/layers/test_swin_v2_reference.py::test_shifted_windows_equal_timm",
+            "tests/layers/attention/test_swin_v2_reference.py::test_window_attention_equals_timm",
+            "tests/layers/attention/test_swin_v2_reference.py::test_shifted_windows_equal_timm",
         ),
     },
     deviations=(

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.first_loss import guessing_loss, highest_first_loss
-from trimtab.layers._layer_statistics import Statistics, fan_in_of, observed, weight_of
-from trimtab.layers._model_call import call, class_dim, logits_of, loss_of
+from trimtab.layers.initialization._layer_statistics import Statistics, fan_in_of, observed, weight_of
+from trimtab.layers.initialization._model_call import call, class_dim, logits_of, loss_of
 from trimtab.scalars import to_scalar
 from trimtab.undisturbed import undisturbed
 
@@ -343,16 +343,16 @@ CARD = Card(
         "Glorot and Bengio 2010, which halves it at every layer, stalls."
     ),
     acts_on="run",
-    entry="trimtab.layers.variance_audit:audit_initialization",
+    entry="trimtab.layers.initialization.variance_audit:audit_initialization",
     defaults=(
         Default("loss", None, "ours: cross-entropy or squared error, by the targets; or unit gradients"),
         Default("targets", None, "ours"),
     ),
     verified={
         "equation": (
-            "tests/layers/test_variance_audit.py::test_gains_are_those_of_the_classics",
-            "tests/layers/test_variance_audit.py::test_statistics_equal_numpy",
-            "tests/layers/test_variance_audit.py::test_first_loss_of_gaussian_logits",
+            "tests/layers/initialization/test_variance_audit.py::test_gains_are_those_of_the_classics",
+            "tests/layers/initialization/test_variance_audit.py::test_statistics_equal_numpy",
+            "tests/layers/initialization/test_variance_audit.py::test_first_loss_of_gaussian_logits",
         ),
     },
     deviations=(

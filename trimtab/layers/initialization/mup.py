@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError, choose
 from trimtab.layers._attention_sites import _used_without_call
-from trimtab.layers._infinite_shape import (
+from trimtab.layers.initialization._infinite_shape import (
     MupShape,
     biases,
     embeddings,
@@ -38,7 +38,7 @@ from trimtab.layers._infinite_shape import (
     layer_weights,
     std_ratio,
 )
-from trimtab.layers._query_scale import query_sites, scale_queries, zero_queries
+from trimtab.layers.initialization._query_scale import query_sites, scale_queries, zero_queries
 
 __all__ = ["MupShape", "apply_mup", "mup_factors", "mup_groups", "mup_param_groups", "mup_shapes"]
 
@@ -345,7 +345,7 @@ CARD = Card(
         "settings, used at once on 6.7B parameters (GPT-3), outperform the published ones at 7 % of the cost of tuning."
     ),
     acts_on="model",
-    entry="trimtab.layers.mup:apply_mup",
+    entry="trimtab.layers.initialization.mup:apply_mup",
     defaults=(
         Default("init", "auto", "ours: read from each weight; the authors' set_base_shapes assumes fan-in laws"),
         Default("rescale", True, "authors' code, set_base_shapes(rescale_params=True)"),
@@ -357,13 +357,13 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_mup.py::test_table_8",
-            "tests/layers/test_mup.py::test_initialisation_has_the_variance_of_table_8",
-            "tests/layers/test_mup.py::test_attention_logits_scale_with_one_over_d",
+            "tests/layers/initialization/test_mup.py::test_table_8",
+            "tests/layers/initialization/test_mup.py::test_initialisation_has_the_variance_of_table_8",
+            "tests/layers/initialization/test_mup.py::test_attention_logits_scale_with_one_over_d",
         ),
         "reference": (
-            "tests/layers/test_mup_reference.py::test_equals_the_mup_package",
-            "tests/layers/test_mup_reference.py::test_equals_what_the_mup_package_gave",
+            "tests/layers/initialization/test_mup_reference.py::test_equals_the_mup_package",
+            "tests/layers/initialization/test_mup_reference.py::test_equals_what_the_mup_package_gave",
         ),
         "claim": ("tests/tune/scaling/test_coordinates.py::test_mup_is_flat_and_standard_grows",),
     },

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._linear_attention import (
+from trimtab.layers._self_attention import ConvertedAttention
+from trimtab.layers.linear._linear_attention import (
     GatedHeadNorm,
     ShortConvolution,
     check_shapes,
@@ -40,7 +41,6 @@ from trimtab.layers._linear_attention import (
     widths,
     working,
 )
-from trimtab.layers._self_attention import ConvertedAttention
 
 __all__ = ["GatedDeltaNet", "gated_delta_rule", "recurrent_gated_delta_rule"]
 
@@ -303,7 +303,7 @@ CARD = Card(
     equation="S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T, o_t = S_t q_t, |k_t| = |q_t| = 1",
     claim="Consistently better than Mamba2 and DeltaNet in language modelling, retrieval in context and extrapolation.",
     acts_on="model",
-    entry="trimtab.layers.gated_delta:GatedDeltaNet",
+    entry="trimtab.layers.linear.gated_delta:GatedDeltaNet",
     defaults=(
         Default("expand_k", 0.75, "authors' code: heads * head_dim = 0.75 width"),
         Default("expand_v", 1.5, "authors' code: values twice as wide as keys"),
@@ -313,13 +313,13 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_gated_delta.py::test_both_forms_equal_the_loop",
-            "tests/layers/test_gated_delta.py::test_gradients_equal_those_of_the_recurrence",
-            "tests/layers/test_gated_delta.py::test_decay_of_one_is_the_delta_rule",
+            "tests/layers/linear/test_gated_delta.py::test_both_forms_equal_the_loop",
+            "tests/layers/linear/test_gated_delta.py::test_gradients_equal_those_of_the_recurrence",
+            "tests/layers/linear/test_gated_delta.py::test_decay_of_one_is_the_delta_rule",
         ),
         "reference": (
-            "tests/layers/test_gated_delta.py::test_equals_qwen3_next",
-            "tests/layers/test_gated_delta.py::test_layer_equals_qwen3_next",
+            "tests/layers/linear/test_gated_delta.py::test_equals_qwen3_next",
+            "tests/layers/linear/test_gated_delta.py::test_layer_equals_qwen3_next",
         ),
     },
     deviations=(

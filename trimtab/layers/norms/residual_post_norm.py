@@ -19,7 +19,7 @@ from torch import nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._residual_branches import (
+from trimtab.layers.norms._residual_branches import (
     detach_hook,
     forget_fused_paths,
     normalized,
@@ -108,18 +108,18 @@ CARD = Card(
         "train stably with it and cosine attention."
     ),
     acts_on="model",
-    entry="trimtab.layers.norm_placement:ResidualBlock",
+    entry="trimtab.layers.norms.norm_placement:ResidualBlock",
     treats={"residual-growth": 2, "massive-activations": 3},
     defaults=(Default("gain", 0.0, "authors' code: _init_respostnorm sets all gains and biases to 0"),),
     verified={
         "equation": (
-            "tests/layers/test_norm_placement.py::test_equals_plain_loops",
-            "tests/layers/test_residual_post_norm.py::test_a_changed_block_equals_the_equation",
-            "tests/layers/test_residual_post_norm.py::test_blocks_start_as_the_identity",
+            "tests/layers/norms/test_norm_placement.py::test_equals_plain_loops",
+            "tests/layers/norms/test_residual_post_norm.py::test_a_changed_block_equals_the_equation",
+            "tests/layers/norms/test_residual_post_norm.py::test_blocks_start_as_the_identity",
         ),
         "reference": (
-            "tests/layers/test_residual_post_norm.py::test_equals_olmo2",
-            "tests/layers/test_swin_v2_reference.py::test_block_equals_timm",
+            "tests/layers/norms/test_residual_post_norm.py::test_equals_olmo2",
+            "tests/layers/attention/test_swin_v2_reference.py::test_block_equals_timm",
         ),
     },
     deviations=(

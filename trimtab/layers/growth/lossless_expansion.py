@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._lossless_stream import (
+from trimtab.layers.growth._lossless_stream import (
     NORMS,
     Draw,
     Stream,
@@ -318,7 +318,7 @@ CARD = Card(
         "schedule that decays sooner."
     ),
     acts_on="run",
-    entry="trimtab.layers.lossless_expansion:lossless_expand",
+    entry="trimtab.layers.growth.lossless_expansion:lossless_expand",
     defaults=(
         Default("std", 0.02, "authors' code: the initialisation of BERT and ViT, projected onto copies that add up"),
         Default("width", None, "ours: as it is"),
@@ -326,10 +326,10 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_lossless_expansion.py::test_language_model_keeps_its_logits",
-            "tests/layers/test_lossless_expansion.py::test_layer_norm_is_the_papers",
-            "tests/layers/test_lossless_expansion.py::test_copies_differ_and_add_up",
-            "tests/layers/test_lossless_expansion.py::test_duplicated_neurons_part_in_training",
+            "tests/layers/growth/test_lossless_expansion.py::test_language_model_keeps_its_logits",
+            "tests/layers/growth/test_lossless_expansion.py::test_layer_norm_is_the_papers",
+            "tests/layers/growth/test_lossless_expansion.py::test_copies_differ_and_add_up",
+            "tests/layers/growth/test_lossless_expansion.py::test_duplicated_neurons_part_in_training",
         ),
     },
     deviations=(

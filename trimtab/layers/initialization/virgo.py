@@ -208,7 +208,7 @@ CARD = Card(
     ),
     claim="Better accuracy, and variance that is more stable at initialisation, on 15 datasets of three tasks.",
     acts_on="run",
-    entry="trimtab.layers.virgo:virgo_",
+    entry="trimtab.layers.initialization.virgo:virgo_",
     defaults=(
         Default("direction", "both", "authors' code: 'virgo', beside 'virgofor' and 'virgoback'"),
         Default("mean", "harmonic", "authors' code, init_layers; one of its scripts (comp1.py) uses the arithmetic"),
@@ -216,9 +216,9 @@ CARD = Card(
     ),
     verified={
         "equation": (
-            "tests/layers/test_virgo.py::test_equals_the_formulas_in_numpy",
-            "tests/layers/test_virgo.py::test_variance_is_nearer_to_equal_than_with_the_classics",
-            "tests/layers/test_virgo.py::test_sums_of_messages_need_the_graph",
+            "tests/layers/initialization/test_virgo.py::test_equals_the_formulas_in_numpy",
+            "tests/layers/initialization/test_virgo.py::test_variance_is_nearer_to_equal_than_with_the_classics",
+            "tests/layers/initialization/test_virgo.py::test_sums_of_messages_need_the_graph",
         ),
         "claim": ("tests/studies/test_initialization.py::test_graph_network",),
     },

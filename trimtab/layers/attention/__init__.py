@@ -1,0 +1,1 @@
+"""Attention: norms, gates and windows of its heads, doubly stochastic weights, graphs."""

@@ -1,0 +1,1 @@
+"""Networks that grow: a trained one made larger, one trained on what another left."""

@@ -1,0 +1,1 @@
+"""Initialisation: measured, scaled with the width, and made for graphs."""

@@ -1,11 +1,13 @@
 # make demo   set up, then run the main job          make test   set up everything, then run the tests
 # make lint | types | docs | bench | clean           choose a Python with  make PYTHON=python3.12 ...
+#                                                    tests on four cores:  make test JOBS=4
 #
 # Setting up is done once and marked by stamp files in the environment; it is repeated only when pyproject.toml or
 # constraints.txt change, so a second call needs no network.
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --constraint constraints.txt
 
@@ -16,7 +18,7 @@ demo: $(VENV)/.ready-demo
 	$(BIN)/trimtab demo $(ARGS)
 
 test: $(VENV)/.ready-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) $(ARGS)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff check .

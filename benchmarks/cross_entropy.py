@@ -136,8 +136,8 @@ def main() -> None:
                 f"{row['without_gradients']:.1f}x)",
                 flush=True,
             )
-    settings = {"tokens": given.tokens, "width": given.width, "repetitions": given.repetitions}
-    print("written:", write("cross_entropy", {**settings, "rows": rows}))
+        settings = {"tokens": given.tokens, "width": given.width, "repetitions": given.repetitions}
+        print("written:", write("cross_entropy", {**settings, "rows": rows}), flush=True)
 
 
 if __name__ == "__main__":

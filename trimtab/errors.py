@@ -46,7 +46,7 @@ def choose(kind: str, value: object, valid: Iterable[str]) -> str:
     raise UsageError(f"unknown {kind} {value!r}.{hint} Valid: {', '.join(names) or 'none'}.")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Return what an error says as part of one line: no line breaks, no full stop, its type if it says nothing.
 
     Example:

@@ -13,8 +13,9 @@ from torch import nn
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Restore everything that a forward or backward pass could leave behind in a model and in torch.
 
-    Restored on exit, also after an exception: the random state of the CPU and of every accelerator, buffers, gradients,
-    the train or eval mode of each module. Inside, autocast is off and the grad mode is the caller's.
+    Restored on exit, also after an exception: the random state of the CPU and of every CUDA device, buffers (also those
+    that another tensor took the place of), gradients, and the plain attributes of each module, its train or eval mode
+    among them. Inside, autocast is off and the grad mode is the caller's.
 
     Args:
         model: the model that the enclosed code may call.
@@ -28,6 +29,9 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         True
     """
     modes = [(module, module.training) for module in model.modules()]
+    # Not those of scripted modules, which live in C++.
+    plain = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    states = [(module, dict(module.__dict__), dict(module._buffers)) for module in plain]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     with ExitStack() as stack:
@@ -43,6 +47,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             torch.set_grad_enabled(grad_mode)
+            for module, attributes, named in states:
+                for current, before in ((module.__dict__, attributes), (module._buffers, named)):
+                    current.clear()
+                    current.update(before)
             with torch.no_grad():
                 for buffer, saved in buffers:
                     buffer.copy_(saved)

@@ -37,6 +37,9 @@ def no_model():
 def fails():
     raise KeyError("two\\nlines")
 
+def exits():
+    raise SystemExit(0)
+
 def unfit():
     return nn.Linear(3, 3), torch.ones(2, 2)
 """
@@ -95,6 +98,7 @@ def test_a_model_of_ones_own(trimtab: Callable[..., Any]) -> None:
         (["own.py:half"], "got a dict of model"),
         (["own.py:no_model"], "the model should be a torch.nn.Module, got a str"),
         (["own.py:fails"], "own.py:fails raised KeyError"),
+        (["own.py:exits"], "own.py:exits raised SystemExit"),
         (["own.py:unfit"], "the model cannot be run on these inputs"),
         (["broken.py:f"], "broken.py:f raised SyntaxError"),
         (["own.py:make_model", "--width=3"], "leave them out for a file"),
@@ -104,6 +108,7 @@ def test_a_model_of_ones_own(trimtab: Callable[..., Any]) -> None:
         (["digits-cnn", "--depth=3"], "has no depth to change"),
         (["digits-mlp", "--batch-size=0"], "must be above 0"),
         (["digits-mlp", "--seed=-1"], "--seed must be 0 or more"),
+        (["digits-mlp", f"--seed={2**64}"], "--seed must be 0 or more and below 2^63"),
         ([], "Missing argument"),
     ],
 )

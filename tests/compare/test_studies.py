@@ -76,11 +76,13 @@ def test_options_are_read_by_the_functions_signature(monkeypatch: pytest.MonkeyP
 
 def test_what_is_no_study_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _made_up(monkeypatch, constant=3, seedless=lambda: {"x": 1.0})
-    for path in ("made_up_study:constant", "made_up_study:seedless", "made_up_study:missing", "no_such_module:x"):
+    made_up = [f"made_up_study:{name}" for name in ("constant", "seedless", "missing")]
+    for path in (*made_up, "no_such_module:x", "", ":x", ".x:y"):
         with pytest.raises(UsageError, match="study"):
             study_function(path)
-    with pytest.raises(UsageError, match="two different ones"):
-        compare_study(STUDY, ("", ""), folder=tmp_path, metric="x")
+    for arm in ("", "loss=dpo"):  # dpo is the default
+        with pytest.raises(UsageError, match="two different ones"):
+            compare_study(STUDY, ("", arm), folder=tmp_path, metric="x")
     with pytest.raises(UsageError, match="metric"):
         compare_study(STUDY, (f"loss=dpo,{TINY}", f"loss=ipo,{TINY}"), folder=tmp_path, metric="nothing", seeds=1)
 

@@ -134,6 +134,48 @@ def test_nothing_is_left_from_an_interrupted_pass():
     torch.testing.assert_close(model(x), expected)
 
 
+def test_a_copy_remembers_what_was_frozen():
+    model = Stack()
+    apply(model, "aside-adapters")
+    copied = copy.deepcopy(model)
+    remove(copied, "aside-adapters")
+    assert all(p.requires_grad for p in copied.parameters())
+
+
+def test_the_width_is_not_that_of_a_norm_inside_the_attention():
+    class Normed(Block):
+        def __init__(self):
+            super().__init__(8, CausalSelfAttention(8, 2))
+            self.attention.q_norm = nn.LayerNorm(4)
+            self._modules = {"attention": self.attention, **self._modules}  # first, before the block's own norms
+
+    model = nn.Sequential(Normed(), Normed())
+    before = model(_input())
+    apply(model, "aside-adapters", rank=2)
+    assert [block.aside_adapter.width for block in model] == [8, 8]
+    assert torch.equal(model(_input()), before)
+
+
+def test_stages_of_other_widths_have_their_own_paths():
+    class Stage(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.blocks = nn.ModuleList(Block(width, CausalSelfAttention(width, 2)) for _ in range(2))
+            self.merge = nn.Linear(width, 2 * width)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.merge(x)
+
+    model = nn.Sequential(Stage(8), Stage(16))
+    before = model(_input())
+    assert list(apply(model, "aside-adapters", rank=2).changes) == [
+        f"{stage}.blocks.{block}" for stage in (0, 1) for block in (0, 1)
+    ]
+    assert torch.equal(model(_input()), before)
+
+
 def test_other_transformers():
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, norm_first=True, batch_first=True)
     model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).train()

@@ -17,7 +17,8 @@ from torch import nn
 from trimtab.errors import UsageError
 from trimtab.layers import GatedAttention
 from trimtab.layers._self_attention import ConvertedAttention, SelfAttention, converted, convertible
-from trimtab.testing import LayerTestCase
+from trimtab.remedy import apply
+from trimtab.testing import LayerTestCase, run_ranks
 
 
 def _input(*shape, dtype=torch.float64):
@@ -115,6 +116,36 @@ def test_one_core_at_a_time():
     Doubled.convert(attention)
     with pytest.raises(UsageError, match="this attention is a Doubled already: remove that first"):
         GatedAttention.convert(attention)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_new_parts_are_in_the_mode_of_the_attention(training):
+    attention = SelfAttention(8, 2, causal=True).train(training)
+    GatedAttention.convert(attention)
+    assert attention.attention_gate.training is training
+
+
+def _refusals(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    found = {}
+    for method in ("gated-attention", "ls-attention", "gin-attention", "sparse-gin", "gla", "gated-deltanet"):
+        model = nn.Sequential(SelfAttention(8, 2, causal=True))
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        with pytest.raises(UsageError) as caught:
+            apply(model, method)
+        found[method] = (str(caught.value), type(model[0]) is SelfAttention)
+    with pytest.raises(UsageError) as caught:
+        Doubled.convert(model[0])
+    return {**found, "this SelfAttention": (str(caught.value).replace(" is", ": '0' is", 1), True)}
+
+
+def test_sharded_attention_is_refused():
+    for found in run_ranks(_refusals):
+        for method, (text, untouched) in found.items():
+            assert text.startswith(f"{method}: '0' is sharded already: ")
+            assert untouched
 
 
 def test_what_was_built_as_one_stays_one():

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trimtab.errors import UsageError
-from trimtab.losses import linear_cross_entropy
+from trimtab.errors import MissingExtraError, UsageError
+from trimtab.losses import _head_triton, linear_cross_entropy
 
 _N, _D, _V = 7, 4, 11
 OPTIONS = {
@@ -154,6 +154,20 @@ def test_positions_that_do_not_count():
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["once", "twice"])
+def test_a_class_that_is_masked_out(recompute):
+    """Class 0, which stands in for the label of positions that do not count, may have a bias of -inf."""
+    (hidden, weight, bias), targets = _head()
+    targets[targets == 0] = 1
+    masked = bias.detach().clone()
+    masked[0] = -math.inf
+    loss = linear_cross_entropy(hidden, weight, targets, masked, recompute=recompute, **BLOCKS)
+    expected = F.cross_entropy(F.linear(hidden, weight, masked), targets)
+    torch.testing.assert_close(loss, expected)
+    leaves = [hidden, weight]
+    torch.testing.assert_close(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves))
+
+
 def test_no_target_that_counts():
     (hidden, weight, _), targets = _head()
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
@@ -212,3 +226,22 @@ def test_what_does_not_fit_is_refused():
     for options in ({"label_smoothing": 1.5}, {"soft_cap": 0.0}, {"z_loss": -1.0}, {"tokens_at_once": 0}):
         with pytest.raises(UsageError, match="must be"):
             linear_cross_entropy(hidden, weight, targets, **options)
+
+
+def test_backends(monkeypatch):
+    """Those without a kernel for the tensors are refused; what the kernels compute has tests of its own."""
+    (hidden, weight, bias), targets = _head(torch.float32)
+    by_torch = linear_cross_entropy(hidden, weight, targets, bias, backend="torch")
+    assert torch.equal(linear_cross_entropy(hidden, weight, targets, bias, backend="auto"), by_torch)
+    with pytest.raises(UsageError, match="unknown backend 'trito'"):
+        linear_cross_entropy(hidden, weight, targets, bias, backend="trito")
+    monkeypatch.setattr(_head_triton, "triton", None)
+    with pytest.raises(MissingExtraError, match="pip install triton"):
+        linear_cross_entropy(hidden, weight, targets, bias, backend="triton")
+    monkeypatch.setattr(_head_triton, "triton", object())
+    monkeypatch.setattr(_head_triton, "_INTERPRETED", False)
+    with pytest.raises(UsageError, match="needs tensors on a GPU, got cpu"):
+        linear_cross_entropy(hidden, weight, targets, bias, backend="triton")
+    monkeypatch.setattr(_head_triton, "_INTERPRETED", True)
+    with pytest.raises(UsageError, match=r"got torch\.float64 and torch\.float32"):
+        linear_cross_entropy(hidden.double(), weight, targets, bias, backend="triton")

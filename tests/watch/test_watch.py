@@ -352,6 +352,28 @@ def test_undisturbed_restores_everything():
     assert model.embed.training
 
 
+def test_undisturbed_restores_what_a_forward_puts_in_the_place_of_buffers_and_attributes():
+    class Counting(nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer("calls", torch.zeros(()))
+            self.seen = None
+
+        def forward(self, x):
+            self.calls, self.seen = self.calls + 1, x
+            self.register_buffer("late", x.detach())
+            return super().forward(x)
+
+    model = Counting()
+    calls = model.calls
+    with undisturbed(model):
+        model(torch.ones(1, 2))
+    assert model.calls is calls
+    assert calls == 0
+    assert model.seen is None
+    assert list(model.state_dict()) == ["weight", "bias", "calls"]
+
+
 def test_resumed_steps_replace_their_rows(tmp_path):
     model = nn.Linear(2, 1)
     with Watch(model, to=tmp_path) as watch:

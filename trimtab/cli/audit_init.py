@@ -49,8 +49,8 @@ def audit_init(
     from trimtab.layers import audit_initialization
     from trimtab.remedy import apply
 
-    if seed < 0:
-        raise UsageError(f"--seed must be 0 or more, got {seed}.")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"--seed must be 0 or more and below 2^63, got {seed}.")
     path, colon, function = target.rpartition(":")
     own = colon != "" and path.endswith(".py")
     if own and (width or depth or text):
@@ -114,7 +114,7 @@ def _from_file(path: Path, function: str) -> dict[str, Any]:
         spec.loader.exec_module(module)
         make = getattr(module, function, None)
         made = make() if callable(make) else None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that exits would exit with a verdict's code
         raise UsageError(f"{path}:{function} raised {type(error).__name__}: {reason(error)}.") from error
     finally:
         sys.path.pop(0)

@@ -82,7 +82,7 @@ def study_function(path: str) -> Callable[..., Mapping[str, float]]:
     module, _, name = path.partition(":")
     try:
         function = getattr(importlib.import_module(module), name, None)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the others of a path such as "" or ".x"
         raise UsageError(f"the study {path!r} cannot be imported: {error}.") from error
     if not callable(function) or "seed" not in inspect.signature(function).parameters:
         raise UsageError(f"the study {path!r} is no function of a seed.")
@@ -134,8 +134,10 @@ def compare_study(
         RecordError: if the folder cannot be written.
     """
     options = [study_options(study, arm) for arm in arms]
-    if options[0] == options[1]:
-        raise UsageError(f"both arms of {study} are {arms[0]!r}: a comparison needs two different ones.")
+    parameters = inspect.signature(study_function(study)).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    if {**defaults, **options[0]} == {**defaults, **options[1]}:
+        raise UsageError(f"arms {arms[0]!r} and {arms[1]!r} of {study} are the same: give two different ones.")
     chosen = seed_list(seeds)
     # Seeds outside, arms inside: whatever is finished when time runs out is paired.
     jobs = [_job(study, seed, given) for seed in chosen for given in options]

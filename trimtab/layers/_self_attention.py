@@ -8,6 +8,7 @@ Shape suffixes: B batch, L length, D width, H heads, K width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -48,10 +49,17 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """Return the attention's output, [B, L, D]."""
+        return self.project(self.attend(*self.split(x_BLD), x_BLD))
+
+    def split(self, x_BLD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the heads' queries and keys, behind their norms, and values, [B, H, L, K] each."""
         batch, length, _ = x_BLD.shape
         qkv = self.qkv(x_BLD).view(batch, length, 3, self.num_heads, self.head_dim)
         q_BHLK, k_BHLK, v_BHLK = qkv.permute(2, 0, 3, 1, 4)
-        y_BHLK = self.attend(self.q_norm(q_BHLK), self.k_norm(k_BHLK), v_BHLK, x_BLD)
+        return self.q_norm(q_BHLK), self.k_norm(k_BHLK), v_BHLK
+
+    def project(self, y_BHLK: Tensor) -> Tensor:
+        """Return the output that the heads' outputs make, [B, L, D]."""
         return self.proj(y_BHLK.transpose(1, 2).flatten(-2))
 
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, x_BLD: Tensor) -> Tensor:
@@ -74,10 +82,14 @@ class ConvertedAttention(SelfAttention):
         Raises:
             UsageError: if it is given a mask, or asked to be causal where it is not.
         """
+        self.check_mask(attn_mask, is_causal)
+        return super().forward(x_BLD)
+
+    def check_mask(self, attn_mask: Tensor | None, is_causal: bool) -> None:
+        """Raise a UsageError if there is a mask, or it is asked to be causal where it is not."""
         if attn_mask is not None or (is_causal and not self.causal):
             what = "is_causal=True" if attn_mask is None else "attention mask"
             raise UsageError(f"a converted attention ({type(self).__name__}) takes no {what}: leave it out.")
-        return super().forward(x_BLD)
 
     def setup(self, *arguments: Any, **options: Any) -> None:
         """Check the options and add the parts: called by `convert`, and by a method's own `__init__`."""
@@ -87,10 +99,13 @@ class ConvertedAttention(SelfAttention):
         """Turn a module that `convertible` recognises into one of these, in place.
 
         Raises:
-            UsageError: if it carries another method's core already, or the options are wrong.
+            UsageError: if it carries another method's core already, its parameters are sharded, or the options are
+                wrong.
         """
         if isinstance(module, ConvertedAttention):
             raise UsageError(f"this attention is a {type(module).__name__} already: remove that first.")
+        if is_sharded(module):
+            raise UsageError(f"this {type(module).__name__} is sharded already: change it before fully_shard.")
         original = type(module)
         bare = not issubclass(original, SelfAttention)
         if bare:
@@ -103,6 +118,9 @@ class ConvertedAttention(SelfAttention):
             if bare:
                 del module.causal
             raise
+        for name in cls.parts:
+            if isinstance(part := getattr(module, name), nn.Module):
+                part.train(module.training)
         module._original = original  # type: ignore[assignment]
 
     def revert(self) -> None:
@@ -124,6 +142,38 @@ class ConvertedAttention(SelfAttention):
 def convertible(model: nn.Module) -> dict[str, nn.Module]:
     """Return the attention modules of a model that `ConvertedAttention.convert` takes, by name, in order."""
     return {name: module for name, module in model.named_modules() if _is_convertible(module)}
+
+
+def attentions(model: nn.Module, method: str) -> dict[str, nn.Module]:
+    """Return what `convertible` does, for a method to change.
+
+    Args:
+        model: the model.
+        method: name of the method, for error messages.
+
+    Raises:
+        UsageError: if there is none, or one is sharded already.
+    """
+    found = convertible(model)
+    if not found:
+        for name, module in model.named_modules():
+            if isinstance(module, ConvertedAttention):
+                raise UsageError(f"{method}: {name!r} is a {type(module).__name__} already: remove that first.")
+        raise UsageError(f"{method}: no attention to change in {type(model).__name__}. Looked for {LOOKED_FOR}.")
+    check_unsharded(found, method)
+    return found
+
+
+def check_unsharded(modules: Mapping[str, nn.Module], method: str) -> None:
+    """Raise a UsageError if the parameters of one of the modules are sharded: new ones beside them would not be."""
+    for name, module in modules.items():
+        if is_sharded(module):
+            raise UsageError(f"{method}: {name!r} is sharded already: apply it before fully_shard.")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether a module has parameters that FSDP2 or tensor parallelism has sharded."""
+    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
 
 
 def converted(model: nn.Module, kind: type[ConvertedAttention]) -> dict[str, ConvertedAttention]:

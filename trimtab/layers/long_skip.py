@@ -171,6 +171,10 @@ CARD = Card(
             "scaling=constant",
             metric="steps_to_target",
             mechanism="feature_oscillation",
+            outcome=(
+                "no evidence: 194.0 to 200.0, difference 6 (95 % interval -5.11 to 17.1), n=5; feature "
+                "oscillation 0.0594 to 0.0605"
+            ),
         ),
     ),
 )

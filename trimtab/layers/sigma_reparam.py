@@ -260,7 +260,10 @@ CARD = Card(
             metric="accuracy",
             higher_is_better=True,
             mechanism="training_loss",
-            outcome="@@",
+            outcome=(
+                "worse: accuracy 0.816 to 0.213, difference -0.604 (95 % interval -0.650 to -0.557), n=5, each side at "
+                "its best of six rates, 300 steps without norms; training loss 0.54 to 2.12"
+            ),
         ),
     ),
     apply=_apply,

@@ -179,6 +179,10 @@ CARD = Card(
             "weight=clipped",
             metric="frechet",
             mechanism="gradient_spread",
+            outcome=(
+                "no evidence: 3.15 to 3.29, difference 0.141 (95 % interval -0.135 to 0.417), n=5; gradient "
+                "spread 0.33 to 0.615"
+            ),
         ),
     ),
 )

@@ -125,7 +125,7 @@ def sequences(
             fit(head.parameters(), lambda _: F.cross_entropy(head(seen), labels), steps=200, lr=0.03)
     with torch.no_grad():
         right = head(test).argmax(-1) == data.test_targets
-        z = F.normalize(test, dim=-1)
+        z = F.normalize(test.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0), dim=-1)
         cosines = z @ z.T
         same = data.test_targets.unsqueeze(1) == data.test_targets
     return {

@@ -1,7 +1,9 @@
 """Sparse-GIN against LoRA at the same number of trained parameters: the gap between test and training loss.
 
 A small causal transformer is trained on sequences of many Markov chains, then fine-tuned, all else frozen, on a few
-sequences of a chain of its own kind that it has not seen.
+sequences of a chain of its own kind that it has not seen. The gap between the losses grows with every step that fits
+the few sequences better, so it is to be read together with the test loss. The learning rate 0.03 gave both adapters
+their best test loss on one seed, of 0.003, 0.01 and 0.03: larger ones were not tried.
 
 Shape suffixes: B batch, L length, D width, V vocabulary, R rank.
 """

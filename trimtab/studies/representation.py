@@ -14,6 +14,7 @@ from trimtab.studies._fitting import fit, minibatch
 from trimtab.workloads import workload
 
 _SIDE = 8
+_WORST = 1e6  # of a prediction error
 
 
 def joint_embedding(
@@ -47,8 +48,8 @@ def joint_embedding(
 
     fit(encoder.parameters(), loss_at, steps=steps, lr=lr)
     with torch.no_grad():
-        train, test = encoder(data.train_inputs), encoder(data.test_inputs)
-        prediction = lejepa_loss(embed(steps), steps, weight=0.0)
+        train, test = (_finite(encoder(inputs)) for inputs in (data.train_inputs, data.test_inputs))
+        prediction = lejepa_loss(embed(steps), steps, weight=0.0).nan_to_num(nan=_WORST).clamp(max=_WORST)
         values = torch.linalg.svdvals(test.double())
         shares = values / values.sum().clamp(min=1e-300)
         rank = torch.special.entr(shares).sum().exp()
@@ -58,6 +59,11 @@ def joint_embedding(
         "rank": to_scalar(rank),
         "prediction": to_scalar(prediction),
     }
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Return embeddings, those of an encoder that diverged as 0."""
+    return x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,9 @@
-"""Train attention in a small window, use it in a larger one: which position bias carries over."""
+"""Train attention in a small window, use it in a larger one: which position bias carries over.
+
+The claim is at the learning rate 0.003 for all. On seeds 100 and 101 the best of 0.001, 0.003, 0.01 and 0.03 for the
+larger window is 0.03 for the table and 0.01 for the network; accuracies there are 0.30 and 0.44 then, for 0.21 and
+0.42 at 0.003.
+"""
 
 from __future__ import annotations
 

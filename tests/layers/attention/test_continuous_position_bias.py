@@ -121,11 +121,23 @@ def test_cosine_attention_keeps_its_core():
     torch.testing.assert_close(layer(torch.ones(1, 4, 8)), expected)
 
 
+def _biased():
+    block = Block(8, SelfAttention(8, 2, causal=False))
+    apply(block, "log-cpb", window=(2, 2))
+    return block
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [
         (lambda: LogCPB((0, 2), 2), r"window must be a height and a width of at least 1, got \(0, 2\)"),
         (lambda: LogCPB((2, 2, 2), 2), "must be a height and a width"),
+        (lambda: LogCPB(4, 2), "window must be a height and a width of at least 1, got 4"),
+        (
+            lambda: CosineAttention(8, 2, position_bias=LogCPB((2, 2), 2))(torch.ones(1, 5, 8)),
+            r"a bias of \(4, 4\) does not fit 5 positions",
+        ),
+        (lambda: _biased()(torch.ones(1, 5, 8)), r"a bias of \(4, 4\) does not fit 5 positions"),
         (lambda: LogCPB((2, 2), 0), "heads and hidden must be at least 1"),
         (lambda: LogCPB((2, 2), 1, prefix=-1), "prefix at least 0"),
         (lambda: apply(Block(8, CausalSelfAttention(8, 2)), "log-cpb", window=(2, 2)), "'attention' is causal"),

@@ -123,7 +123,7 @@ def test_apply_and_remove():
     changed_again = x.clone()
     changed_again[:, -1] += 1
     torch.testing.assert_close(model(changed_again)[:, :-1], changed[:, :-1])  # causal still
-    with pytest.raises(UsageError, match="no attention to change in Sequential"):
+    with pytest.raises(UsageError, match=r"'0\.attention' is a CosineAttention already: remove that first"):
         apply(model, "cosine-attention")
     remove(model, "cosine-attention")
     assert (repr(model), list(model.state_dict())) == (text, keys)
@@ -140,6 +140,12 @@ def test_apply_and_remove():
         (
             lambda: scaled_cosine_attention(*(torch.ones(1, 1, 1, 2),) * 3, torch.zeros(1), max_scale=0.0),
             "max_scale must be above 0",
+        ),
+        (
+            lambda: scaled_cosine_attention(
+                *(torch.ones(1, 1, 2, 2),) * 3, torch.zeros(1), bias=torch.ones(2, 2, dtype=torch.bool).tril()
+            ),
+            "bias is added to the logits, got torch.bool",
         ),
     ],
 )

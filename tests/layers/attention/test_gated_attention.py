@@ -249,6 +249,23 @@ def test_gating_twice_is_refused():
         apply(model, "gated-attention")
 
 
+def test_gating_behind_another_core():
+    model = nn.Sequential(SelfAttention(8, 2, causal=True))
+    apply(model, "cosine-attention")
+    assert list(apply(model, "gated-attention").changes) == ["0"]
+    remove(model, "cosine-attention")
+    with pytest.raises(UsageError, match="'0' has a gate in front of its proj already"):
+        apply(model, "gated-attention")
+    assert list(remove(model, "gated-attention").changes) == ["0.proj"]
+
+
+def test_a_forward_that_broke_off_leaves_a_model_that_can_be_copied():
+    model = Separate()
+    apply(model, "gated-attention")
+    model.q_proj(torch.ones(1, 3, 6, requires_grad=True) * 2)
+    assert copy.deepcopy(model).o_proj.attention_gate.x is None
+
+
 def test_an_output_projection_without_its_query_is_named():
     model = Separate()
     apply(model, "gated-attention")

@@ -112,6 +112,16 @@ def test_the_output_is_unchanged_at_first(causal):
     assert not hasattr(model[0], "gin")
 
 
+def test_projections_run_once_a_forward():
+    model = nn.Sequential(SelfAttention(8, 2, causal=True))
+    apply(model, "sparse-gin")
+    seen = []
+    for name in ("qkv", "proj"):
+        model[0].get_submodule(name).register_forward_hook(lambda *_, name=name: seen.append(name))
+    model(torch.ones(1, 3, 8))
+    assert seen == ["qkv", "proj"]
+
+
 def test_training_leaves_the_start():
     """At a scale of 0 only the scale has a gradient; after one step everything has."""
     model = nn.Sequential(SelfAttention(40, 4, causal=True)).requires_grad_(False)

@@ -92,8 +92,9 @@ def test_apply_and_remove():
     x = torch.randn(2, 5, 8, generator=_generator())
     plain, names = model(x), set(model.state_dict())
     assert list(apply(model, "gin-attention").changes) == ["0"]
+    assert torch.equal(model(x), model(x))  # no dropout: it evaluates still
     assert not torch.allclose(model(x), plain)
-    with pytest.raises(UsageError, match="no attention to change"):
+    with pytest.raises(UsageError, match="'0' is a _ConvertedGIN already: remove that first"):
         apply(model, "gin-attention")
     assert list(remove(model, "gin-attention").changes) == ["0"]
     assert torch.equal(model(x), plain)

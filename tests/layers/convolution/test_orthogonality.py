@@ -173,6 +173,24 @@ def test_penalty_is_the_sum_over_a_model():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_parametrized_kernel_counts_though_each_is_made_when_read(dtype):
+    model = nn.Sequential(*(nn.Conv2d(2, 2, 1) for _ in range(12)))
+    for layer in model:
+        nn.utils.parametrize.register_parametrization(layer, "weight", _Doubled())
+    model.to(dtype)
+    with torch.no_grad():
+        kernels = [layer.weight for layer in model]
+        expected = sum(orthogonal_convolution_loss(kernel) for kernel in kernels)
+        del kernels
+        torch.testing.assert_close(orthogonal_convolution_penalty(model), expected)
+
+
+class _Doubled(nn.Module):
+    def forward(self, kernel):
+        return 2 * kernel
+
+
 @pytest.mark.parametrize(
     ("call", "text"),
     [

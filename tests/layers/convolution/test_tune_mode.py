@@ -210,10 +210,12 @@ def test_only_safe_pairs_are_changed():
             self.used_twice, self.a, self.b = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2)
             self.read, self.c = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
             self.plain, self.d = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)
+            self.sized, self.e = nn.ConvTranspose2d(2, 2, 3, stride=2), nn.BatchNorm2d(2)
 
         def forward(self, x):
             x = self.b(self.used_twice(self.a(self.used_twice(x))))
             x = self.read(x)
+            x = self.e(self.sized(x, output_size=(8, 8)))
             return self.d(self.plain(x + self.c(x)))
 
     with pytest.raises(UsageError, match="no convolution directly followed"):
@@ -230,6 +232,48 @@ def test_remove_restores_the_modules():
     assert [type(part) for part in model.modules()] == kinds
     assert model.train().bn1.training
     assert torch.equal(model.eval()(_images()), expected)
+
+
+def test_remove_restores_the_mode():
+    model = _trained(ResNet()).train()
+    model.layer1[0].bn1.eval()
+    modes = [part.training for part in model.modules()]
+    apply(model, "tune-mode")
+    assert not model.bn1.training
+    remove(model, "tune-mode")
+    assert [part.training for part in model.modules()] == modes
+    apply(model, "tune-mode")
+    model.eval()
+    remove(model, "tune-mode")
+    assert not any(part.training for part in model.modules())
+
+
+def test_a_norm_of_two_names_is_merged_under_both():
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2)
+            self.alias = self.norm
+            self.last = None
+
+        def forward(self, x):
+            self.last = x
+            return self.alias(self.conv(x))
+
+    model = Named().eval()
+    nn.init.uniform_(model.norm.running_var, 2.0, 3.0)
+    expected = model(_images())
+    apply(model, "tune-mode")
+    assert isinstance(model.last, torch.Tensor)  # nothing of torch.fx is left behind
+    deploy_conv_bn(model)
+    torch.testing.assert_close(model(_images()), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pairs_that_share_a_module_change_nothing():
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    with pytest.raises(UsageError, match="a module is in two pairs"):
+        apply(model, "tune-mode", pairs=[("0", "1"), ("0", "2")])
+    assert [type(part) for part in model] == [nn.Conv2d, nn.BatchNorm2d, nn.BatchNorm2d]
 
 
 def test_deploy_has_the_same_function_and_other_gradients():

@@ -275,6 +275,17 @@ def test_the_example_finds_a_structure_that_is_not_what_it_seems():
         lossless_expand(_perturb(PostNorm(16, 8, layers=1)), width=24, example=TOKENS)
 
 
+_SHARED = nn.Linear(3, 3)
+
+
+def test_a_check_leaves_the_modes_as_they_were():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Dropout(), nn.Linear(3, 2), nn.Softmax(-1))
+    model[2].eval()
+    larger = lossless_expand(model, width=5, example=torch.ones(1, 3))
+    for one in (model, larger):
+        assert [part.training for part in one.modules()] == [True, True, True, False, True, True]
+
+
 def _with(change):
     model = _language_model()
     change(model)
@@ -292,6 +303,13 @@ def _with(change):
         (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), {"width": 2}, "width must be at least 3"),
         (nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), {"depth": 4}, "a plain MLP has none"),
         (nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 3)), {"width": 6}, "a LayerNorm in a plain MLP"),
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1), nn.Linear(3, 3)),
+            {"width": 6},
+            "a Softmax over hidden neurons",
+        ),
+        (nn.Sequential(_SHARED, nn.ReLU(), _SHARED, nn.Linear(3, 3)), {"width": 6}, "whose layers share a weight"),
+        (nn.Linear(3, 3, device="meta"), {"width": 6}, "on the meta device"),
         (
             _with(lambda model: model.blocks[1].register_parameter("gamma", nn.Parameter(torch.ones(16)))),
             {"width": 32},

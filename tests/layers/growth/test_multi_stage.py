@@ -46,6 +46,14 @@ def test_size_and_zeros_of_a_wave(cycles):
     assert (size, zeros) == (pytest.approx(1.5e-5, rel=1e-2), 2 * cycles)
     shuffled = torch.randperm(len(x), generator=_generator())
     assert residual_scale(x[shuffled], wave[shuffled]) == (size, zeros)
+    small = residual_scale(x.float(), (1e-30 * wave).float())  # whose products are 0 in float32
+    assert small == (pytest.approx(1.5e-35, rel=1e-2), 2 * cycles)
+
+
+def test_a_sample_at_a_zero_is_one_crossing():
+    x = torch.linspace(-1, 1, 5)
+    assert residual_scale(x, x) == (0.5, 1)
+    assert residual_scale(x, x.square()) == (0.5, 0)
 
 
 def test_stages_fit_residuals():

@@ -15,7 +15,7 @@ from torch import nn
 from trimtab.diagnose.pathologies import initial_loss_off
 from trimtab.errors import UsageError
 from trimtab.first_loss import highest_first_loss
-from trimtab.layers import audit_initialization
+from trimtab.layers import LowRankLinear, audit_initialization
 from trimtab.record.reader import Series
 
 WIDTH, DEPTH, SAMPLES = 512, 8, 512
@@ -143,6 +143,12 @@ def test_verdicts():
         model[2].weight[:48] = -model[2].weight[:48].abs()  # of inputs that are never negative
 
     assert verdicts(kill)["2"] == "dead units"
+    for sink in (lambda y: y.detach(), lambda y: y.argmax(-1)):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model.register_forward_hook(lambda module, args, output, sink=sink: sink(output))
+        audit = audit_initialization(model, torch.randn(8, 4, generator=_generator()))
+        assert [layer.verdict for layer in audit.layers] == ["no gradient", "no gradient"]
+        assert not audit.healthy
 
 
 class Everything(nn.Module):
@@ -199,6 +205,22 @@ def test_nothing_is_changed():
     assert json.loads(json.dumps(first.to_json(), allow_nan=False))["first_loss"]["expected"] == math.log(5)
 
 
+def test_a_layer_that_counts_its_forwards_is_not_moved_on():
+    model = nn.Sequential(LowRankLinear(4, 4, 2, guided_steps=10), nn.Linear(4, 4))
+    audit_initialization(model, torch.randn(8, 4, generator=_generator()))
+    assert model[0].guide_step == 0
+
+
+def _divides_by_zero(outputs, targets):
+    return 1 / 0
+
+
+class Picky(nn.Linear):
+    def forward(self, x):
+        assert x.shape[1] == 5, "five columns"
+        return super().forward(x)
+
+
 def test_language_models_segmentation_and_shared_layers():
     class Tied(nn.Module):
         def __init__(self):
@@ -241,6 +263,14 @@ def test_a_loss_that_is_summed_and_one_that_cheats():
     ("call", "text"),
     [
         (lambda: audit_initialization(nn.Linear(4, 2), torch.randn(3, 5)), "cannot be run on these inputs"),
+        (lambda: audit_initialization(Picky(4, 2), torch.randn(3, 4)), "these inputs: five columns"),
+        (
+            lambda: audit_initialization(
+                nn.Linear(4, 2), torch.randn(3, 4), loss=_divides_by_zero, targets=torch.zeros(3)
+            ),
+            "cannot be taken of these outputs and targets: division by zero",
+        ),
+        (lambda: audit_initialization(nn.Linear(4, 2, device="meta"), torch.randn(3, 4)), "on the meta device"),
         (lambda: audit_initialization(nn.LazyLinear(2), torch.randn(3, 5)), "lazy parameters"),
         (lambda: audit_initialization(nn.ReLU(), torch.randn(3, 5)), "no layer with a weight"),
         (lambda: audit_initialization(nn.Linear(4, 2), torch.randn(3, 4), loss=F.mse_loss), "a loss needs targets"),

@@ -218,6 +218,18 @@ def test_no_places(function):
     assert torch.equal(last, state)
 
 
+def test_a_layer_of_no_places():
+    x = torch.zeros(2, 0, 8)
+    layer = GatedDeltaNet(8, 2)
+    y, state = layer.advance(x)
+    assert y.shape == x.shape
+    later = torch.randn(2, 5, 8, generator=_generator())
+    assert torch.equal(layer.advance(later, state)[0], layer(later))
+    model = nn.Sequential(SelfAttention(8, 2, causal=True))
+    apply(model, "gated-deltanet")
+    assert model(x).shape == x.shape
+
+
 def test_steps_continue_the_sequence():
     layer = GatedDeltaNet(8, 2, chunk=4)
     x = torch.randn(2, 11, 8, generator=_generator())
@@ -254,7 +266,7 @@ def test_apply_and_remove():
     plain = model(x)
     assert list(apply(model, "gated-deltanet").changes) == ["0"]
     assert not torch.equal(model(x), plain)
-    with pytest.raises(UsageError, match="no causal attention"):
+    with pytest.raises(UsageError, match="'0' is a _ConvertedDelta already"):
         apply(model, "gated-deltanet")
     assert list(remove(model, "gated-deltanet").changes) == ["0"]
     assert torch.equal(model(x), plain)

@@ -263,6 +263,18 @@ def test_norms_take_kind_dtype_and_epsilon_of_the_model():
         apply(block, "peri-ln")
 
 
+@pytest.mark.parametrize("method", ["peri-ln", "res-post-norm"])
+def test_blocks_that_share_a_sublayer_are_refused(method):
+    model = nn.Sequential(*(Block(8, CausalSelfAttention(8, 2)) for _ in range(2)))
+    model[1].mlp = model[0].mlp
+    before = repr(model)
+    with pytest.raises(UsageError, match=f"{method}: '1.mlp.2' and '0.mlp.2' are one module"):
+        apply(model, method)
+    assert repr(model) == before
+    shared = nn.Sequential(*[Block(8, CausalSelfAttention(8, 2))] * 2)  # one block, twice
+    assert list(apply(shared, method).changes) == ["0.attention", "0.mlp.2"]
+
+
 def test_an_unknown_norm_is_refused():
     block = Block(8, CausalSelfAttention(8, 2))
     block.norm1 = nn.GroupNorm(2, 8)

@@ -109,6 +109,16 @@ def test_remove_restores_structure_and_fresh_norms():
             remove(layer, "res-post-norm")
 
 
+def test_a_norm_that_went_with_its_sublayer_is_named():
+    model = nn.Sequential(Block(8, CausalSelfAttention(8, 2)))
+    apply(model, "res-post-norm")
+    model[0].mlp[2] = nn.Linear(32, 8)
+    before = repr(model)
+    with pytest.raises(UsageError, match=r"another method replaced '0\.mlp\.2' and its norm with it"):
+        remove(model, "res-post-norm")
+    assert repr(model) == before
+
+
 def test_the_norms_are_the_model_s_own_parameters():
     block = Block(8, CausalSelfAttention(8, 2))
     before = {id(parameter) for parameter in block.parameters()}

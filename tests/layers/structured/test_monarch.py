@@ -191,6 +191,25 @@ def test_removing_keeps_the_function():
         remove(model, "monarch")
 
 
+def test_factors_of_a_zero_weight_can_learn():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    nn.init.zeros_(model[1].weight)
+    changes = apply(model, "monarch", blocks=2, min_features=8).changes
+    assert changes["1"].endswith("relative error 0.00")
+    assert not model[1].weight.any()
+    (model(torch.ones(2, 8)) - torch.arange(8.0)).square().sum().backward()
+    assert model[1].l.grad.any()
+
+
+def test_a_frozen_weight_has_frozen_factors_and_back():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    apply(model, "monarch", blocks=2, min_features=8)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"0.r", "0.l", "0.bias"}
+    remove(model, "monarch")
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {"0.weight", "0.bias"}
+
+
 def test_projecting_keeps_biases_and_names_to_skip():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     biases = [model[i].bias for i in range(3)]

@@ -278,6 +278,21 @@ def test_apply_and_remove_in_the_language_model(kind):
     assert {type(model.blocks[1].mlp[j]) for j in (0, 2)} == {nn.Linear}
 
 
+def test_frozen_and_zero_weights():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).requires_grad_(False)
+    model[2].requires_grad_(True)
+    nn.init.zeros_(model[2].weight)
+    apply(model, "structured-ffn", keep_first=False, guided_steps=5)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"2.u", "2.v", "2.guide", "2.bias"}
+    model.eval()
+    set_guided_step(model, 5)
+    (model(torch.randn(32, 8)) - torch.arange(8.0)).square().sum().backward()
+    assert model[2].u.grad.any()
+    remove(model, "structured-ffn")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {"2.weight", "2.bias"}
+
+
 def test_apply_draws_no_random_numbers_where_it_projects():
     model = LanguageModel(32, 16, layers=2)
     state = torch.get_rng_state()

@@ -129,6 +129,13 @@ def test_ignored_positions_and_nothing_to_learn_from():
         assert not gradient.any()
 
 
+def test_samples_without_any_token_leave_the_baseline_alone():
+    logits, samples = _batch()
+    padded = torch.cat([samples, torch.full_like(samples[:1], -100)])
+    loss = implicit_unlikelihood_loss(torch.cat([logits, logits[:1]]), padded, n=2)
+    torch.testing.assert_close(loss, implicit_unlikelihood_loss(logits, samples, n=2))
+
+
 def test_arguments_are_checked():
     logits, samples = _batch()
     with pytest.raises(UsageError, match="n must be a whole number"):

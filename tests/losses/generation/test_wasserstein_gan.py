@@ -87,6 +87,12 @@ def test_equals_the_authors_formula():
     torch.testing.assert_close(generator_loss(critic(fake)), -critic(fake).mean())
 
 
+def test_samples_that_are_single_numbers():
+    real, fake, mix = torch.tensor([0.0, 1.0]), torch.tensor([2.0, 3.0]), torch.tensor([0.5, 1.0])
+    loss = gradient_penalty(torch.square, real, fake, mix=mix, weight=1.0, reduction="none")
+    assert loss.tolist() == [1.0, 1.0]  # at 1: slope 2 in both
+
+
 def test_a_flat_critic_has_a_finite_gradient():
     critic = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from trimtab.errors import UsageError
 from trimtab.losses import dense_contrastive_loss, match_places
@@ -124,6 +125,13 @@ def test_computed_in_float32_or_better(dtype):
         torch.testing.assert_close(dense_contrastive_loss(**given), loss)
 
 
+def test_dense_embeddings_may_have_a_width_of_their_own():
+    given = _inputs()
+    wider = {name: F.pad(given[name], (0, 0, 0, 2)) for name in ("dense_queries", "dense_keys")}
+    wider["dense_queue"] = F.pad(given["dense_queue"], (0, 2))
+    torch.testing.assert_close(dense_contrastive_loss(**{**given, **wider}), dense_contrastive_loss(**given))
+
+
 def test_edge_batches():
     nothing = {name: x[:0] for name, x in _inputs(queues=False).items()}
     assert dense_contrastive_loss(**nothing).item() == 0
@@ -145,6 +153,7 @@ def test_edge_batches():
         ({"key_features": torch.zeros(3, 6, 6)}, "features must be .* of the same images"),
         ({"dense_keys": torch.zeros(3, 4)}, "dense embeddings must be"),
         ({"queue": torch.zeros(3, 5)}, "must have one width, got 4 and, for queue, 5"),
+        ({"dense_queue": torch.zeros(3, 5)}, "must have one width, got 4 and, for dense_queue, 5"),
         ({"keys": torch.zeros(2, 4)}, "must be of the same images"),
     ],
 )

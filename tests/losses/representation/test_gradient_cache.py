@@ -152,6 +152,15 @@ def test_other_losses_and_inputs():
         _same(_gradients(encoder), expected)
 
 
+def test_an_encoder_may_be_frozen():
+    trained, frozen, batches = _encoder(), _encoder().requires_grad_(False), _batches()
+    multiple_negatives_ranking_loss(trained(batches[0]), frozen(batches[1])).backward()
+    expected = _gradients(trained)
+    trained.zero_grad()
+    cached_contrastive_step([trained, frozen], batches, multiple_negatives_ranking_loss, micro_batch=4)
+    _same(_gradients(trained), expected)
+
+
 @pytest.mark.parametrize(("dropout", "wrapped"), [(0.0, False), (0.5, False), (0.5, True)])
 def test_ranks_with_gathered_negatives_equal_the_single_process(dropout, wrapped):
     batches, encoder = _batches(), _encoder(dropout)
@@ -194,6 +203,7 @@ def test_ranks_with_gathered_negatives_equal_the_single_process(dropout, wrapped
         (lambda f, x: cached_contrastive_step(f, [x], torch.sum, micro_batch=0), "micro_batch must be a whole number"),
         (lambda f, x: cached_contrastive_step([f], [x, x], torch.sum), "got 1 encoders and 2 batches"),
         (lambda f, x: cached_contrastive_step(f, [], torch.sum), "got 0 encoders and 0 batches"),
+        (lambda f, x: cached_contrastive_step(f, x, torch.sum), "got a single tensor"),
         (lambda f, x: cached_contrastive_step(f, [x[:0]], torch.sum), "must have one first dimension above 0"),
         (lambda f, x: cached_contrastive_step(f, [(x, x[:2])], torch.sum), "must have one first dimension above 0"),
         (lambda f, x: cached_contrastive_step(torch.sum, [x], torch.sum), "a tensor with 4 rows for 4 samples"),

@@ -89,13 +89,15 @@ def test_faint_and_strong_signals_in_float32(scale):
     assert shifted.item() == pytest.approx(_numpy_cka(x.double(), y.double()), abs=0.01)
 
 
-def test_constant_activations_have_no_gradient():
+@pytest.mark.parametrize(("samples", "value"), [(6, 1.0), (7, 0.1), (33, 1000.1)])  # the mean of the latter is rounded
+def test_constant_activations_have_no_gradient(samples, value):
     for unbiased in (False, True):
-        x = torch.ones(6, 3, requires_grad=True)
-        cka = linear_cka(x, _activations(6)[1].float(), unbiased=unbiased)
+        x = torch.full((samples, 3), value, requires_grad=True)
+        cka = linear_cka(x, _activations(samples)[1].float(), unbiased=unbiased)
         cka.backward()
         assert cka.item() == 0
         assert not x.grad.any()
+        assert linear_cka(x, x, unbiased=unbiased).item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

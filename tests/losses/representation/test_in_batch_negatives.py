@@ -149,6 +149,9 @@ def test_edge_batches():
     large = (1e4 * torch.eye(3)).requires_grad_()
     multiple_negatives_ranking_loss(large, large.flip(0)).backward()
     assert large.grad.isfinite().all()
+    zeros = torch.zeros(3, 3, requires_grad=True)
+    multiple_negatives_ranking_loss(zeros, torch.eye(3), similarity="cosine").backward()
+    assert zeros.grad.abs().max() < 20, "the gradient of an embedding of zeros is blown up"
     diverged = torch.eye(3)
     diverged[0, 0] = math.inf
     assert not multiple_negatives_ranking_loss(diverged, torch.eye(3)).isfinite()

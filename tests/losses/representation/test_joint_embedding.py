@@ -139,6 +139,8 @@ def test_computed_in_float32_or_better(dtype):
     assert views.grad.dtype == dtype
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(lejepa_loss(views, 0), loss)
+        statistic = epps_pulley(views)
+    assert torch.equal(statistic, epps_pulley(views)), "autocast lowers the precision"
 
 
 def test_no_samples_and_diverged_ones():

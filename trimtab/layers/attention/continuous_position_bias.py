@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, converted, convertible
-from trimtab.layers.attention.cosine_attention import CosineAttention
+from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, check_unsharded, converted, convertible
+from trimtab.layers.attention.cosine_attention import CosineAttention, check_bias
 
 __all__ = ["LogCPB"]
 
@@ -72,7 +72,7 @@ class LogCPB(nn.Module):
                 f"heads and hidden must be at least 1 and prefix at least 0, got {heads}, {hidden} and {prefix}."
             )
         self.heads, self.log_spaced, self.prefix = heads, log_spaced, prefix
-        self.trained_window = _pair("trained_window", trained_window or window)
+        self.trained_window = _pair("window" if trained_window is None else "trained_window", trained_window or window)
         self.network = nn.Sequential(
             nn.Linear(2, hidden, device=device, dtype=dtype),
             nn.ReLU(),
@@ -115,7 +115,7 @@ class LogCPB(nn.Module):
 
 
 def _pair(name: str, sizes: tuple[int, int]) -> tuple[int, int]:
-    if len(tuple(sizes)) != 2 or min(sizes) < 1:
+    if not isinstance(sizes, (tuple, list)) or len(sizes) != 2 or min(sizes) < 1:
         raise UsageError(f"{name} must be a height and a width of at least 1, got {sizes}.")
     return (int(sizes[0]), int(sizes[1]))
 
@@ -130,6 +130,7 @@ class _BiasedAttention(ConvertedAttention):
 
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, x_BLD: Tensor) -> Tensor:
         bias_HLL = self.position_bias().to(q_BHLK.dtype)
+        check_bias(bias_HLL, q_BHLK.shape[-2])
         return F.scaled_dot_product_attention(q_BHLK, k_BHLK, v_BHLK, attn_mask=bias_HLL)
 
 
@@ -151,9 +152,8 @@ def _apply(
     sites = {**cosine, **plain}
     if not sites:
         raise UsageError(f"log-cpb: no attention without one in {type(model).__name__}. Looked for {LOOKED_FOR}.")
+    check_unsharded(sites, "log-cpb")
     for name, module in sites.items():
-        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
-            raise UsageError(f"log-cpb: {name!r} is sharded already: apply it before fully_shard.")
         if getattr(module, "causal", False):
             raise UsageError(f"log-cpb: {name!r} is causal: a window's positions have no order to hide.")
     options = {"hidden": hidden, "log_spaced": log_spaced, "prefix": prefix}
@@ -235,7 +235,8 @@ CARD = Card(
             outcome=(
                 "better: accuracy in the larger window 0.194 to 0.403, difference +0.209 (95 % interval +0.080 to "
                 "+0.338), n=5; in the trained window 0.666 to 0.832: part of it is that the network learns faster "
-                "than the table"
+                "than the table; with each at its best of four learning rates on two other seeds (0.03 and "
+                "0.01), 0.30 to 0.44"
             ),
         ),
     ),

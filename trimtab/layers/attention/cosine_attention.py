@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, converted, convertible
+from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
 
 __all__ = ["CosineAttention", "scaled_cosine_attention"]
 
@@ -48,14 +48,16 @@ def scaled_cosine_attention(
         v_BHLK: values.
         logit_scale_H: s, logarithm of the inverse temperature of each head.
         max_scale: largest inverse temperature 1 / tau, above 0.
-        bias: added to the logits, of a shape that broadcasts to [B, H, L, L]: position bias, mask, or their sum.
+        bias: added to the logits, of a shape that broadcasts to [B, H, L, L]: position bias, mask of 0 and -inf, or
+            their sum.
         causal: whether a position sees only itself and what is before it.
 
     Returns:
         The heads' outputs, [B, H, L, K], in the dtype of the values.
 
     Raises:
-        UsageError: if `max_scale` is not above 0.
+        UsageError: if `max_scale` is not above 0, or the bias is of booleans or of another
+            length.
 
     Example:
         >>> q = torch.tensor([[[[3.0, 0.0], [0.0, 5.0]]]])
@@ -68,6 +70,10 @@ def scaled_cosine_attention(
     """
     if not 0 < max_scale < math.inf:
         raise UsageError(f"max_scale must be above 0 and finite, got {max_scale}: 100 is the default.")
+    if bias is not None and not bias.is_floating_point():
+        raise UsageError(f"bias is added to the logits, got {bias.dtype}: make a mask 0 where it is seen, else -inf.")
+    if bias is not None:
+        check_bias(bias, q_BHLK.shape[-2])
     scale = logit_scale_H.to(torch.promote_types(logit_scale_H.dtype, torch.float32)).clamp(max=math.log(max_scale))
     q_BHLK, k_BHLK = (_unit(x) for x in (q_BHLK, k_BHLK))
     q_BHLK = (q_BHLK * scale.exp().view(-1, 1, 1)).to(v_BHLK.dtype)
@@ -78,6 +84,12 @@ def scaled_cosine_attention(
     return F.scaled_dot_product_attention(
         q_BHLK, k_BHLK.to(v_BHLK.dtype), v_BHLK, attn_mask=bias, is_causal=causal and bias is None, scale=1.0
     )
+
+
+def check_bias(bias: Tensor, length: int) -> None:
+    """Raise a UsageError if a bias is not for logits of that many positions."""
+    if not set(bias.shape[-2:]) <= {1, length}:
+        raise UsageError(f"a bias of {tuple(bias.shape[-2:])} does not fit {length} positions: give it their window.")
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -156,14 +168,7 @@ class CosineAttention(ConvertedAttention):
 
 def _apply(model: nn.Module, *, scale: float = 10.0, max_scale: float = 100.0) -> dict[str, str]:
     """Turn every fused self-attention that is recognised into cosine attention; options as `CosineAttention`'s."""
-    sites = convertible(model)
-    if not sites:
-        raise UsageError(
-            f"cosine-attention: no attention to change in {type(model).__name__}. Looked for {LOOKED_FOR}."
-        )
-    for name, module in sites.items():
-        if any(hasattr(parameter, "full_tensor") for parameter in module.parameters()):
-            raise UsageError(f"cosine-attention: {name!r} is sharded already: apply it before fully_shard.")
+    sites = attentions(model, "cosine-attention")
     for module in sites.values():
         CosineAttention.convert(module, scale=scale, max_scale=max_scale)
     return dict.fromkeys(sites, f"logits = cos(q, k) * s, s = {scale:g} learned, at most {max_scale:g}")

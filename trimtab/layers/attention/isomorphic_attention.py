@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, converted, convertible
+from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
 
 __all__ = ["GINAttention", "GINCore"]
 
@@ -192,9 +192,7 @@ def _apply(
     norm_eps: float = 1e-5,
 ) -> dict[str, str]:
     """Put a GIN into every head of every attention that is recognised; options as those of `GINAttention`."""
-    sites = convertible(model)
-    if not sites:
-        raise UsageError(f"gin-attention: no attention to change in {type(model).__name__}. Looked for {LOOKED_FOR}.")
+    sites = attentions(model, "gin-attention")
     for module in sites.values():
         _ConvertedGIN.convert(module, multiplier=multiplier, sharpness=sharpness, dropout=dropout, norm_eps=norm_eps)
     return dict.fromkeys(sites, "a GIN in each head; qkv (without its values) and proj kept, the MLPs new: train it")

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, converted, convertible
+from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
 
 __all__ = ["LongShortAttention", "windowed_attention"]
 
@@ -167,9 +167,7 @@ def _check(window: int) -> None:
 
 def _apply(model: nn.Module, *, window: int = 16, long_heads: int = 1) -> dict[str, str]:
     """Split the heads of every attention that is recognised; options as those of `LongShortAttention`."""
-    found: dict[str, Any] = convertible(model)
-    if not found:
-        raise UsageError(f"ls-attention: no attention to change in {type(model).__name__}. Looked for {LOOKED_FOR}.")
+    found: dict[str, Any] = attentions(model, "ls-attention")
     _check(window)
     for name, module in found.items():
         if not 0 <= long_heads <= module.num_heads:

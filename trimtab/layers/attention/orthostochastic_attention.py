@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, converted, convertible
+from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
 
 __all__ = ["QRAttention", "qr_doubly_stochastic"]
 
@@ -139,9 +139,7 @@ def _check(shift: float) -> None:
 
 def _apply(model: torch.nn.Module, *, shift: float = 1.0) -> dict[str, str]:
     """Give every attention that is recognised a doubly stochastic matrix by QR; the option is that of `QRAttention`."""
-    found: dict[str, Any] = convertible(model)
-    if not found:
-        raise UsageError(f"qr-attention: no attention to change in {type(model).__name__}. Looked for {LOOKED_FOR}.")
+    found: dict[str, Any] = attentions(model, "qr-attention")
     if name := next((name for name, module in found.items() if getattr(module, "causal", False)), None):
         raise UsageError(
             f"qr-attention: {name!r} is causal, and the only doubly stochastic matrix without a future is the "
@@ -199,7 +197,7 @@ CARD = Card(
             "lr=0.01,steps=400,with=qr-attention",
             metric="accuracy",
             higher_is_better=True,
-            outcome="",
+            outcome="no evidence: 0.893 to 0.858, difference -0.0356 (95 % interval -0.0832 to 0.0121), n=5",
         ),
     ),
     apply=_apply,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, converted, convertible
+from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
 
 __all__ = ["SinkhornAttention", "sinkhorn"]
 
@@ -124,11 +124,7 @@ def _check(n_iters: int, eps: float) -> None:
 
 def _apply(model: torch.nn.Module, *, n_iters: int = 3, eps: float = 1.0) -> dict[str, str]:
     """Normalise every attention that is recognised by Sinkhorn's steps; options as those of `SinkhornAttention`."""
-    found: dict[str, Any] = convertible(model)
-    if not found:
-        raise UsageError(
-            f"sinkhorn-attention: no attention to change in {type(model).__name__}. Looked for {LOOKED_FOR}."
-        )
+    found: dict[str, Any] = attentions(model, "sinkhorn-attention")
     if name := next((name for name, module in found.items() if getattr(module, "causal", False)), None):
         raise UsageError(
             f"sinkhorn-attention: {name!r} is causal, and the only doubly stochastic matrix without a future is the "

@@ -133,7 +133,8 @@ def orthogonal_convolution_penalty(model: nn.Module, *, skip: Sequence[str] = ()
         (0, True)
     """
     patterns = (skip,) if isinstance(skip, str) else tuple(skip)
-    losses: dict[int, Tensor] = {}
+    # Kernels too, so that no id is used twice: a parametrized one is a new tensor whenever it is read.
+    losses: dict[int, tuple[Tensor, Tensor]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, _KINDS) or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             continue
@@ -141,9 +142,10 @@ def orthogonal_convolution_penalty(model: nn.Module, *, skip: Sequence[str] = ()
         if id(kernel) in losses:
             continue
         try:
-            losses[id(kernel)] = orthogonal_convolution_loss(
+            loss = orthogonal_convolution_loss(
                 kernel, stride=module.stride, dilation=module.dilation, groups=module.groups
             )
+            losses[id(kernel)] = (kernel, loss)
         except UsageError as error:
             raise UsageError(f"{name or type(model).__name__}: {error} Or name the module in skip.") from error
     if not losses:
@@ -151,7 +153,7 @@ def orthogonal_convolution_penalty(model: nn.Module, *, skip: Sequence[str] = ()
             f"orthogonal-convolution: no convolution in {type(model).__name__}, except those in skip. Looked for "
             "nn.Conv1d to nn.Conv3d and nn.ConvTranspose1d to nn.ConvTranspose3d."
         )
-    return torch.stack(list(losses.values())).sum()
+    return torch.stack([loss for _, loss in losses.values()]).sum()
 
 
 CARD = Card(
@@ -191,6 +193,10 @@ CARD = Card(
             "penalty=1",
             metric="gradient_drift",
             mechanism="singular_deviation",
+            outcome=(
+                "better: 0.765 to 0.174, difference -0.592 (95 % interval -0.717 to -0.466), n=5; singular "
+                "deviation 0.504 to 0.0727"
+            ),
         ),
         Experiment(
             "trimtab.studies.convolution:orthogonal",
@@ -198,6 +204,7 @@ CARD = Card(
             "penalty=1",
             metric="accuracy",
             higher_is_better=True,
+            outcome="no evidence: 0.902 to 0.925, difference 0.0227 (95 % interval -0.0212 to 0.0666), n=5",
         ),
     ),
 )

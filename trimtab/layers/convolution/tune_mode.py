@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
+from trimtab.undisturbed import undisturbed
 
 __all__ = ["deploy_conv_bn", "tune_conv_bn"]
 
@@ -68,6 +70,7 @@ class _Folded:
     """A batch normalisation that the convolution before it computes in evaluation mode."""
 
     _frozen: bool
+    _was_training: bool
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.training else x  # type: ignore[attr-defined, misc]
@@ -158,7 +161,7 @@ def tune_conv_bn(conv: nn.Module, norm: nn.Module, *, freeze: bool = True) -> No
     """
     _check(conv, norm)
     conv._norm = (norm,)  # type: ignore[assignment]
-    norm._frozen = freeze  # type: ignore[assignment]
+    norm._frozen, norm._was_training = freeze, norm.training  # type: ignore[assignment]
     conv.__class__, norm.__class__ = _CONVS[type(conv)], _NORMS[type(norm)]
     norm.train(norm.training)
 
@@ -206,7 +209,7 @@ def deploy_conv_bn(model: nn.Module) -> dict[str, str]:
     if not changes:
         raise UsageError(f"deploy_conv_bn: nothing in {type(model).__name__} is in Tune mode: apply tune-mode first.")
     for name, module in list(model.named_modules()):
-        for child, part in list(module.named_children()):
+        for child, part in list(module._modules.items()):  # a norm may have two names
             if id(part) in merged:
                 setattr(module, child, nn.Identity())
                 changes[f"{name}.{child}" if name else child] = "nn.Identity: the convolution computes it"
@@ -214,10 +217,12 @@ def deploy_conv_bn(model: nn.Module) -> dict[str, str]:
 
 
 def _revert(conv: nn.Module) -> None:
-    norm = conv._norm[0]  # type: ignore[index]
+    norm: Any = conv._norm[0]  # type: ignore[index]
     conv.__class__ = next(plain for plain, tuned in _CONVS.items() if tuned is type(conv))
     norm.__class__ = next(plain for plain, folded in _NORMS.items() if folded is type(norm))
-    del conv._norm, norm._frozen  # type: ignore[union-attr]
+    if norm._frozen:
+        norm.training = norm._was_training and conv.training
+    del conv._norm, norm._frozen, norm._was_training
 
 
 def _find(model: nn.Module, prefix: str = "") -> list[tuple[str, str]]:
@@ -226,7 +231,8 @@ def _find(model: nn.Module, prefix: str = "") -> list[tuple[str, str]]:
     The model is traced; where its forward depends on data, its children are traced one by one.
     """
     graph = None
-    with contextlib.suppress(Exception):  # whatever a forward meets that torch.fx cannot follow
+    # Whatever a forward meets that torch.fx cannot follow; and what it leaves on modules would be of torch.fx's values.
+    with contextlib.suppress(Exception), undisturbed(model):
         graph = fx.Tracer().trace(model)
     if graph is None:
         return [
@@ -244,7 +250,8 @@ def _find(model: nn.Module, prefix: str = "") -> list[tuple[str, str]]:
             continue
         names = str(source.target), str(node.target)
         conv, norm = (model.get_submodule(name) for name in names)
-        if _fits(conv, norm) and times[id(conv)] == times[id(norm)] == 1 and len(source.args) == 1:
+        once = times[id(conv)] == times[id(norm)] == 1
+        if _fits(conv, norm) and once and len(source.args) == 1 and not source.kwargs:
             pairs.append((prefix + names[0], prefix + names[1]))
     return pairs
 
@@ -269,6 +276,8 @@ def _apply(model: nn.Module, *, freeze: bool = True, pairs: Sequence[tuple[str, 
         if conv not in modules or norm not in modules:
             raise UsageError(f"tune-mode: there is no module {conv if conv not in modules else norm!r} to change.")
         _check(modules[conv], modules[norm])
+    if len({id(modules[name]) for pair in found for name in pair}) < 2 * len(found):
+        raise UsageError(f"tune-mode: a module is in two pairs, got {found}: give each convolution its own norm.")
     changes: dict[str, str] = {}
     for conv, norm in found:
         tune_conv_bn(modules[conv], modules[norm], freeze=freeze)
@@ -319,6 +328,8 @@ CARD = Card(
         "child by child.",
         "Normalisations are kept in evaluation mode (freeze); the authors leave that to the training code.",
         "Transposed convolutions are folded too.",
+        "Whatever replaces the normalisation afterwards, such as nn.SyncBatchNorm's conversion, normalises a second "
+        "time: convert first, or remove this before.",
         "With FSDP2, a pair must be in one group of fully_shard: the convolution reads both modules' parameters.",
     ),
     experiments=(
@@ -328,11 +339,16 @@ CARD = Card(
             "mode=tune,lr=0.01",
             metric="saved_bytes",
             mechanism="loss",
+            outcome=(
+                "better: 1,590,784 to 924,864, difference -665,920 (95 % interval -665,920 to -665,920), n=5; "
+                "loss 0.116 to 0.115"
+            ),
         ),
         Experiment(
             "trimtab.studies.convolution:transfer",
             "mode=deploy,lr=0.03",
             "mode=tune,lr=0.01",
+            outcome="no evidence: 0.0937 to 0.115, difference 0.0217 (95 % interval -0.00749 to 0.0509), n=5",
         ),
     ),
     apply=_apply,

@@ -39,9 +39,11 @@ from trimtab.layers.growth._lossless_stream import (
     write_stream,
 )
 from trimtab.scalars import to_scalar
+from trimtab.undisturbed import undisturbed
 
 __all__ = ["lossless_expand"]
 
+_MIXING = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.GLU)
 _LOOKED_FOR = (
     "a ModuleList or Sequential of pre-LN blocks (norm1, attention or attn with a fused qkv and proj, norm2, mlp of "
     "two linear layers), or a Sequential of linear layers and activations"
@@ -93,6 +95,8 @@ def lossless_expand(
     """
     if std < 0:
         raise UsageError(f"std must be at least 0, got {std}: 0.02 is the default.")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise UsageError("the model is on the meta device: expand it once it has weights.")
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         raise UsageError("the model is sharded already: expand it before fully_shard.")
     if any(parametrize.is_parametrized(module) for module in model.modules()):
@@ -277,6 +281,11 @@ def _silent(block: nn.Module) -> nn.Module:
 
 def _widen_mlp(model: nn.Sequential, width: int | None, draw: Draw) -> None:
     linears = [part for part in model if isinstance(part, nn.Linear)]
+    if len({id(linear.weight) for linear in linears}) < len(linears):
+        raise UsageError("a plain MLP whose layers share a weight is not known to be lossless to expand.")
+    between = itertools.takewhile(lambda part: part is not linears[-1], model)
+    if mixing := next((part for part in between if isinstance(part, _MIXING)), None):
+        raise UsageError(f"a {type(mixing).__name__} over hidden neurons cannot be expanded without loss.")
     for part in model:
         if not isinstance(part, nn.Linear) and any(True for _ in part.parameters()):
             raise UsageError(f"a {type(part).__name__} in a plain MLP is not known to be lossless to expand.")
@@ -291,11 +300,8 @@ def _widen_mlp(model: nn.Sequential, width: int | None, draw: Draw) -> None:
 
 
 def _check(model: nn.Module, larger: nn.Module, example: Tensor) -> None:
-    modes = model.training
-    with torch.no_grad():
+    with undisturbed(model), undisturbed(larger), torch.no_grad():
         expected, got = model.eval()(example), larger.eval()(example)
-    model.train(modes)
-    larger.train(modes)
     error, size = to_scalar((got - expected).abs().max()), to_scalar(expected.abs().max())
     if not error <= 1e3 * torch.finfo(expected.dtype).eps * max(size, 1.0):
         raise UsageError(

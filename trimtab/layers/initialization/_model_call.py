@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from trimtab.errors import UsageError, reason
 
-_FAILURES = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
-"""What a model or loss raises that was given something else than it takes."""
-
 
 def call(model: nn.Module, inputs: Any) -> Any:
     """Call a model with a tensor, a sequence of arguments or a mapping of keywords.
@@ -23,7 +20,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
     """
     try:
         return _call(model, inputs)
-    except _FAILURES as error:
+    except Exception as error:
         raise UsageError(f"the model cannot be run on these inputs: {reason(error)}.") from error
 
 
@@ -64,7 +61,7 @@ def loss_of(outputs: Any, logits: Tensor, loss: Callable[[Any, Any], Tensor] | N
         return (logits * torch.randn(logits.shape, generator=generator).to(logits)).sum()
     try:
         value = _default_loss(logits, targets) if loss is None else loss(outputs, targets)
-    except _FAILURES as error:
+    except Exception as error:
         raise UsageError(f"the loss cannot be taken of these outputs and targets: {reason(error)}.") from error
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

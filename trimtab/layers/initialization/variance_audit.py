@@ -178,8 +178,8 @@ def audit_initialization(
         Layers, trends over depth, and the first loss.
 
     Raises:
-        UsageError: if the model cannot be run on the inputs, has lazy parameters or no layer with a weight, or if loss
-            and targets do not fit the outputs.
+        UsageError: if the model cannot be run on the inputs, has lazy parameters, parameters on the meta device or no
+            layer with a weight, or if loss and targets do not fit the outputs.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -196,6 +196,8 @@ def audit_initialization(
     """
     if any(isinstance(p, nn.parameter.UninitializedParameter) for p in model.parameters()):
         raise UsageError("the model has lazy parameters: call it once on a batch, then audit it.")
+    if any(p.is_meta for p in model.parameters()):
+        raise UsageError("the model is on the meta device: give it weights, then audit it.")
     if loss is not None and targets is None:
         raise UsageError("a loss needs targets: give both, or neither.")
     with undisturbed(model), observed(model) as seen, torch.enable_grad():
@@ -231,7 +233,6 @@ def _first_loss(measured: float, logits: Tensor, targets: Any) -> FirstLoss:
 
 
 def _layers(seen: Sequence[Statistics]) -> tuple[LayerScale, ...]:
-    anything = any(one.gradient.count for one in seen)
     # The output layer is not one of the hidden ones: its fan-out is the number of classes, and the loss scales it.
     roles = [*(_role(one.name) for one in seen[:-1]), seen[-1].name]
     first: dict[str, float] = {}
@@ -240,12 +241,10 @@ def _layers(seen: Sequence[Statistics]) -> tuple[LayerScale, ...]:
         first.setdefault(role, one.made.variance())
         if one.gradient.count:
             last[role] = one.gradient.mean_square()
-    return tuple(
-        _layer(one, role, first[role], last.get(role), anything) for one, role in zip(seen, roles, strict=True)
-    )
+    return tuple(_layer(one, role, first[role], last.get(role)) for one, role in zip(seen, roles, strict=True))
 
 
-def _layer(seen: Statistics, role: str, first: float, last: float | None, has_gradients: bool) -> LayerScale:
+def _layer(seen: Statistics, role: str, first: float, last: float | None) -> LayerScale:
     weight, fan_in = weight_of(seen.module), fan_in_of(seen.module)
     variance, given = seen.made.variance(), seen.given.mean_square()
     gradient = seen.gradient.mean_square() if seen.gradient.count else None
@@ -268,7 +267,7 @@ def _layer(seen: Statistics, role: str, first: float, last: float | None, has_gr
         gradient=gradient,
         backward_ratio=backward,
         dead=dead,
-        verdict=_verdict(variance, forward, gradient, backward, gain, dead, has_gradients and not frozen),
+        verdict=_verdict(variance, forward, gradient, backward, gain, dead, not frozen),
     )
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, SelfAttention, converted, convertible
+from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, SelfAttention, attentions, converted
 
 
 def working(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -118,6 +118,8 @@ class ShortConvolution(nn.Module):
         if state is None:
             state = x_BLC.new_zeros(x_BLC.shape[0], history, x_BLC.shape[2])
         seen = torch.cat([state.to(x_BLC.dtype), x_BLC], dim=1)
+        if not x_BLC.shape[1]:
+            return x_BLC, seen
         y = F.silu(self.conv(seen.transpose(1, 2)).transpose(1, 2)).to(x_BLC.dtype)
         return y, seen[:, seen.shape[1] - history :]
 
@@ -155,7 +157,7 @@ def swap_attention(
     model: nn.Module, name: str, kind: type[ConvertedAttention], what: str, **options: object
 ) -> dict[str, str]:
     """Turn every causal attention of a model into a `kind`, in place, and say what each became."""
-    sites = {path: module for path, module in convertible(model).items() if getattr(module, "causal", False)}
+    sites = {path: module for path, module in attentions(model, name).items() if getattr(module, "causal", False)}
     if not sites:
         raise UsageError(
             f"{name}: no causal attention to change in {type(model).__name__}. Looked for {LOOKED_FOR}, with "

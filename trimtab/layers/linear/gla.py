@@ -343,9 +343,7 @@ CARD = Card(
             higher_is_better=True,
             mechanism="loss",
             outcome=(
-                "not run with 5 seeds yet; on the one seed the learning rate was chosen on (0.01 is the best of 0.005, "
-                "0.01 and 0.03 for gla, of 0.005 and 0.01 for linear): accuracy 74 % to 52 % after 200 steps: all "
-                "that is told is asked for, so nothing is worth forgetting"
+                "worse: 0.624 to 0.551, difference -0.0734 (95 % interval -0.114 to -0.0325), n=5; loss 1.28 to 1.56"
             ),
         ),
     ),

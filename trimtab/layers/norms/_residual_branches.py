@@ -76,7 +76,7 @@ def residual_branches(model: nn.Module, method: str) -> list[Branch]:
         method: name of the method that wants them, for error messages.
 
     Raises:
-        UsageError: if there is none, or their parameters are sharded already.
+        UsageError: if there is none, their parameters are sharded already, or two share a sublayer.
     """
     found = [branch for name, module in model.named_modules() for branch in _branches(name, module)]
     if not found:
@@ -84,6 +84,10 @@ def residual_branches(model: nn.Module, method: str) -> list[Branch]:
     for branch in found:
         if any(hasattr(parameter, "full_tensor") for parameter in branch.module.parameters()):
             raise UsageError(f"{method}: {branch.block!r} is sharded already: apply it before fully_shard.")
+    owners: dict[int, str] = {}
+    for branch in found:
+        if (owner := owners.setdefault(id(branch.function), branch.name)) != branch.name:
+            raise UsageError(f"{method}: {branch.name!r} and {owner!r} are one module, which cannot have both norms.")
     return found
 
 

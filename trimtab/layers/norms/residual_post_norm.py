@@ -70,19 +70,22 @@ def _apply(model: nn.Module, *, gain: float = 0.0) -> dict[str, str]:
 
 def _remove(model: nn.Module) -> dict[str, str]:
     """Move the norms back in front of their sublayers, gains 1 and biases 0: learned ones meant something else."""
-    changes: dict[str, str] = {}
-    for name, block in list(model.named_modules()):
-        for slot, moved in list(block.named_children()):
-            if not isinstance(moved, _MovedNorm):
-                continue
-            sublayer = block.get_submodule(moved.path)
-            detach_hook(sublayer, _normalize_output)
-            norm = sublayer.get_submodule("res_post_norm")
-            del sublayer.res_post_norm
-            setattr(block, slot, norm)
-            _reset(norm, 1.0)
-            changes[f"{name}.{moved.path}".lstrip(".")] = "norm moved back in front of it"
-    return changes
+    moved = [
+        (f"{name}.{part.path}".lstrip("."), block, slot, block.get_submodule(part.path))
+        for name, block in model.named_modules()
+        for slot, part in block.named_children()
+        if isinstance(part, _MovedNorm)
+    ]
+    for name, *_, sublayer in moved:
+        if "res_post_norm" not in sublayer._modules:
+            raise UsageError(f"res-post-norm: another method replaced {name!r} and its norm with it: build it again.")
+    for _, block, slot, sublayer in moved:
+        detach_hook(sublayer, _normalize_output)
+        norm = sublayer.get_submodule("res_post_norm")
+        del sublayer.res_post_norm
+        setattr(block, slot, norm)
+        _reset(norm, 1.0)
+    return {name: "norm moved back in front of it" for name, *_ in moved}
 
 
 def _reset(norm: nn.Module, gain: float) -> None:

@@ -86,7 +86,8 @@ class StructuredLinear(nn.Module):
         linear = nn.Linear(
             self.in_features, self.out_features, bias=self.bias is not None, device="meta", dtype=weight.dtype
         )
-        linear.weight = nn.Parameter(weight.contiguous())
+        trained = any(p.requires_grad for name, p in self.named_parameters(recurse=False) if name != "bias")
+        linear.weight = nn.Parameter(weight.contiguous(), requires_grad=trained)
         linear.register_parameter("bias", self.bias)
         return linear.train(self.training)
 
@@ -98,10 +99,14 @@ def working(weight: Tensor) -> Tensor:
 
 
 def factorize(matrices: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return U sqrt(S) and sqrt(S) V^T of the first `rank` singular triplets of each matrix."""
+    """Return U sqrt(S) and sqrt(S) V^T of the first `rank` singular triplets of each matrix.
+
+    Where S is 0 the second has V^T itself: two factors of 0 would have no gradient, ever.
+    """
     u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
     root = s[..., :rank].sqrt()
-    return u[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * vh[..., :rank, :]
+    right = torch.where(root > 0, root, torch.ones_like(root))
+    return u[..., :rank] * root.unsqueeze(-2), right.unsqueeze(-1) * vh[..., :rank, :]
 
 
 def block_diagonal(x: Tensor, blocks_KQP: Tensor) -> Tensor:
@@ -165,7 +170,12 @@ def check_whole(method: str, name: str, linear: nn.Linear) -> None:
 
 
 def swap(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Put other modules in the place of some, wherever the model has them."""
+    """Put other modules in the place of some, wherever the model has them; factors of frozen weights are frozen."""
+    for old, new in replacements.items():
+        if not old.weight.requires_grad:
+            for name, parameter in new.named_parameters():
+                if name != "bias":
+                    parameter.requires_grad_(False)
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is not None and child in replacements:

@@ -159,7 +159,8 @@ def _apply(
             layer.project_(weight)
             layer.bias = linear.bias
             exact = working(weight)
-            error = torch.linalg.matrix_norm(working(layer.weight) - exact) / torch.linalg.matrix_norm(exact)
+            size = torch.linalg.matrix_norm(exact).clamp(min=torch.finfo(exact.dtype).tiny)
+            error = torch.linalg.matrix_norm(working(layer.weight) - exact) / size
             what += f", relative error {to_scalar(error):.2f}"
         replacements[linear] = layer
         changes[name] = what

@@ -109,9 +109,8 @@ def implicit_unlikelihood_loss(
         n: length of n-grams, at least 1.
         alpha: weight of the unlikelihood of repeated tokens, at least 0; at 0 it is the policy gradient alone.
         beta: weight of the policy gradient, at least 0; at 0 it is sequence-level unlikelihood training.
-        baseline: b, what is taken from each reward; None for the mean of those of this batch
-            that have a token that counts. For micro-batches and ranks that
-            add up to a whole batch, give the whole batch's mean.
+        baseline: b, what is taken from each reward; None for the mean of this batch's samples that have a token
+            that counts. For micro-batches and ranks that add up to a whole batch, give the whole batch's mean.
         ignore_index: token that does not count.
         reduction: `"mean"` over the tokens that count, `"sum"` or `"none"`.
         denominator: what the mean divides by in place of the number of tokens that count.

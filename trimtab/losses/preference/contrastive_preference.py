@@ -78,9 +78,17 @@ CARD = Card(
         Default("nll_weight", 1.0, "paper, equation 5"),
         Default("reduction", "mean", "paper: an expectation over pairs"),
     ),
-    verified={"equation": ("tests/losses/preference/test_contrastive_preference.py::test_equals_numpy",)},
+    verified={
+        "equation": ("tests/losses/preference/test_contrastive_preference.py::test_equals_numpy",),
+        "reference": (
+            "tests/losses/preference/test_trl_reference.py::test_cpo_and_simpo_equal_cpo_trainer_on_scores",
+            "tests/losses/preference/test_trl_reference.py::"
+            "test_cpo_of_a_model_equals_cpo_trainer_with_a_mean_over_all_tokens_of_the_batch",
+        ),
+    },
     deviations=(
-        "The authors' code and TRL take the likelihood term as a mean over tokens: give chosen_lengths for it.",
+        "The authors' code and TRL take the likelihood term as one mean over all tokens of the batch: give the batch's "
+        "mean length as chosen_lengths for it. With each response's own length it is a mean over its tokens.",
     ),
     experiments=(
         Experiment(

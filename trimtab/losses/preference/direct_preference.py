@@ -90,6 +90,11 @@ CARD = Card(
             "tests/losses/preference/test_direct_preference.py::test_gradient_at_the_reference",
             "tests/losses/preference/test_direct_preference.py::test_bandit_reaches_the_analytical_policy",
         ),
+        "reference": (
+            "tests/losses/preference/test_trl_reference.py::test_losses_of_scores_equal_dpo_trainer",
+            "tests/losses/preference/test_trl_reference.py::test_dpo_of_a_model_equals_dpo_trainer",
+            "tests/losses/preference/test_trl_reference.py::test_current_dpo_trainer",
+        ),
     },
     experiments=(
         Experiment(

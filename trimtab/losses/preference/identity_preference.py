@@ -81,8 +81,16 @@ CARD = Card(
             "tests/losses/preference/test_identity_preference.py::test_equals_numpy",
             "tests/losses/preference/test_identity_preference.py::test_deterministic_preferences_end_at_a_finite_margin",
         ),
+        "reference": (
+            "tests/losses/preference/test_trl_reference.py::test_losses_of_scores_equal_dpo_trainer",
+            "tests/losses/preference/test_trl_reference.py::test_ipo_of_a_model_is_dpo_trainers_on_means_over_tokens",
+            "tests/losses/preference/test_trl_reference.py::test_current_dpo_trainer_has_ipo_on_means_over_tokens",
+        ),
     },
-    deviations=("TRL's 'ipo' divides log-probabilities by the number of tokens; here they are the paper's sums.",),
+    deviations=(
+        "TRL's 'ipo' divides log-probabilities, also the reference's, by the number of tokens; here they are the "
+        "paper's sums. Give means for TRL's loss.",
+    ),
     experiments=(
         Experiment(
             "trimtab.studies.preferences:pairs",

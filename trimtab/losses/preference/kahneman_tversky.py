@@ -100,8 +100,14 @@ CARD = Card(
         Default("undesirable_weight", 1.0, "paper: lambda_U = 1"),
         Default("reduction", "mean", "paper: an expectation over responses"),
     ),
-    verified={"equation": ("tests/losses/preference/test_kahneman_tversky.py::test_equals_numpy",)},
-    deviations=("The reference point is an argument: how mismatched pairs are drawn is the training loop's.",),
+    verified={
+        "equation": ("tests/losses/preference/test_kahneman_tversky.py::test_equals_numpy",),
+        "reference": ("tests/losses/preference/test_trl_reference.py::test_kto_equals_kto_trainer",),
+    },
+    deviations=(
+        "The reference point is an argument: how mismatched pairs are drawn is the training loop's. With the mean over "
+        "them it is TRL's.",
+    ),
     experiments=(
         Experiment(
             "trimtab.studies.preferences:pairs",

@@ -107,6 +107,7 @@ CARD = Card(
             "tests/losses/preference/test_nash_preference.py::test_without_win_rates_it_is_dpo",
             "tests/losses/preference/test_nash_preference.py::test_minimiser_is_one_step_of_policy_iteration",
         ),
+        "reference": ("tests/losses/preference/test_trl_reference.py::test_losses_of_scores_equal_dpo_trainer",),
         "claim": ("tests/losses/preference/test_nash_preference.py::test_cyclic_preferences_lead_to_the_nash_mixture",),
     },
     deviations=(

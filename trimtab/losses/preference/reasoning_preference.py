@@ -88,12 +88,19 @@ CARD = Card(
             "tests/losses/preference/test_reasoning_preference.py::test_equals_numpy",
             "tests/losses/preference/test_reasoning_preference.py::test_alpha_0_is_dpo",
         ),
+        "reference": (
+            "tests/losses/preference/test_trl_reference.py::"
+            "test_rpo_alpha_is_iterative_rpo_with_a_mean_over_all_tokens_of_the_batch",
+            "tests/losses/preference/test_trl_reference.py::"
+            "test_current_dpo_trainer_with_sft_is_iterative_rpo_with_a_mean_over_all_tokens_of_the_batch",
+        ),
         "claim": ("tests/losses/preference/test_reasoning_preference.py::test_chosen_likelihood_needs_the_term",),
     },
     deviations=(
         "The paper divides the likelihood of prompt-conditioned thought and answer by their tokens; here |y_w| is what "
         "the caller counts.",
-        "TRL's rpo_alpha averages over all tokens of a batch, not over each response first.",
+        "TRL's rpo_alpha averages over all tokens of a batch, not over each response first (give the batch's mean "
+        "length for that), and leaves out tokens of id 0; in TRL 1.16 it is the loss types 'sigmoid' and 'sft'.",
     ),
     experiments=(
         Experiment(

@@ -100,6 +100,10 @@ CARD = Card(
             "tests/losses/preference/test_regularized_preference.py::test_equals_numpy",
             "tests/losses/preference/test_regularized_preference.py::test_eta_0_is_dpo",
         ),
+        "reference": (
+            "tests/losses/preference/test_trl_reference.py::"
+            "test_rpo_alpha_is_iterative_rpo_with_a_mean_over_all_tokens_of_the_batch",
+        ),
         "claim": ("tests/losses/preference/test_regularized_preference.py::test_unseen_arm_gets_mass_from_dpo_only",),
     },
     deviations=(

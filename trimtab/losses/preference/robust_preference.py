@@ -94,6 +94,10 @@ CARD = Card(
             "tests/losses/preference/test_robust_preference.py::test_equals_numpy",
             "tests/losses/preference/test_robust_preference.py::test_expectation_over_flips_is_dpo",
         ),
+        "reference": (
+            "tests/losses/preference/test_trl_reference.py::test_losses_of_scores_equal_dpo_trainer",
+            "tests/losses/preference/test_trl_reference.py::test_current_dpo_trainer",
+        ),
     },
     experiments=(
         Experiment(

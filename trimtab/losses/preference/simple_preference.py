@@ -81,7 +81,17 @@ CARD = Card(
         Default("gamma", 1.0, "paper: 0.5 to 1.5 (recalled)"),
         Default("reduction", "mean", "paper: an expectation over pairs"),
     ),
-    verified={"equation": ("tests/losses/preference/test_simple_preference.py::test_equals_numpy",)},
+    verified={
+        "equation": ("tests/losses/preference/test_simple_preference.py::test_equals_numpy",),
+        "reference": (
+            "tests/losses/preference/test_trl_reference.py::test_cpo_and_simpo_equal_cpo_trainer_on_scores",
+            "tests/losses/preference/test_trl_reference.py::"
+            "test_simpo_of_a_model_equals_cpo_trainer_without_its_likelihood",
+        ),
+    },
+    deviations=(
+        "TRL's 'simpo' adds a likelihood term unless its cpo_alpha is 0; here there is none, as in the paper.",
+    ),
     experiments=(
         Experiment(
             "trimtab.studies.preferences:pairs",

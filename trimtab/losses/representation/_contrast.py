@@ -39,12 +39,18 @@ def info_nce(scores: Tensor, positives: Tensor, candidates: Tensor | None = None
     return -chosen / count_B.clamp(min=1), valid_B
 
 
+def unit_rows(x: Tensor) -> Tensor:
+    """Return rows of length 1, those of zeros as they are: their gradient is not blown up by a tiny divisor."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
 def similarities(anchors: Tensor, candidates: Tensor, *, cosine: bool) -> Tensor:
     """Return dot products or cosines of all pairs of rows, [B, C], in float32 or better whatever autocast says."""
     wide = torch.promote_types(torch.promote_types(anchors.dtype, candidates.dtype), torch.float32)
     a_BD, c_CD = anchors.to(wide), candidates.to(wide)
     if cosine:
-        a_BD, c_CD = F.normalize(a_BD, dim=-1), F.normalize(c_CD, dim=-1)
+        a_BD, c_CD = unit_rows(a_BD), unit_rows(c_CD)
     with torch.autocast(a_BD.device.type, enabled=False):
         return a_BD @ c_CD.transpose(-1, -2)
 

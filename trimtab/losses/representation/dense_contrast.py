@@ -15,14 +15,13 @@ Shape suffixes: B images, D embedding, C features, S places, Q queue.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
 from trimtab.losses._reduction import reduce
 from trimtab.losses.preference._pairs import check_number
-from trimtab.losses.representation._contrast import check_rows, info_nce, similarities
+from trimtab.losses.representation._contrast import check_rows, info_nce, similarities, unit_rows
 
 __all__ = ["dense_contrastive_loss", "match_places"]
 
@@ -139,7 +138,7 @@ def _against(
 ) -> Tensor:
     """Return InfoNCE of rows with their own key, against a queue or the keys of the other images of the batch."""
     wide = torch.promote_types(rows.dtype, torch.float32)
-    own = (F.normalize(rows.to(wide), dim=1) * F.normalize(keys.to(wide), dim=1)).sum(1, keepdim=True)
+    own = (unit_rows(rows.to(wide)) * unit_rows(keys.to(wide))).sum(1, keepdim=True)
     others = images if queue is None else queue.detach()
     scores = torch.cat([own, similarities(rows, others, cosine=True)], dim=1) / temperature
     columns = torch.arange(scores.shape[1], device=rows.device).unsqueeze(0)
@@ -194,7 +193,10 @@ CARD = Card(
             metric="accuracy",
             higher_is_better=True,
             mechanism="matched",
-            outcome=("not run yet; learning rates are not tuned"),
+            outcome=(
+                "no evidence: 0.501 to 0.498, difference -0.00269 (95 % interval -0.0108 to 0.00547), n=5; "
+                "matched 0.76 to 0.753"
+            ),
         ),
     ),
 )

@@ -69,6 +69,8 @@ def cached_contrastive_step(
     """
     if not isinstance(micro_batch, int) or isinstance(micro_batch, bool) or micro_batch < 1:
         raise UsageError(f"micro_batch must be a whole number above 0, got {micro_batch!r}.")
+    if isinstance(batches, Tensor):
+        raise UsageError("batches must be one for each side, such as (anchors, positives), got a single tensor.")
     each = list(encoders) if isinstance(encoders, Sequence) else [encoders] * len(batches)
     if not batches or len(each) != len(batches):
         raise UsageError(f"each batch needs an encoder, got {len(each)} encoders and {len(batches)} batches.")
@@ -222,9 +224,8 @@ CARD = Card(
             higher_is_better=True,
             mechanism="negatives",
             outcome=(
-                "not run apart: its gradients are those of groups of 64 (a test holds that), which show no "
-                "evidence against groups of 8: recall@1 14.2 % to 15.2 %, 95 % interval of the difference -0.3 to "
-                "2.4 points, n=5"
+                "no evidence: 0.142 to 0.152, difference 0.00933 (95 % interval -0.00492 to 0.0236), n=5; "
+                "negatives 7 to 63"
             ),
         ),
     ),

@@ -300,10 +300,9 @@ CARD = Card(
             higher_is_better=True,
             mechanism="signal",
             outcome=(
-                "no sign of it on one tuning seed, not run on five: accuracy stays at chance, 6.9 % in both arms "
-                "at learning rates 0.001, 0.003 and 0.01, although CKA rises from 0.40 to 0.85 and the first "
-                "layer's gradient from 10^-10.2 to 10^-0.2; nor with norm=true,depth=48 at those rates (8.9 % to "
-                "12.9 % at best)"
+                "no evidence: accuracy stays at chance, 0.072 in both arms (n=5), although the first layer's gradient "
+                "grows from 10^-10.0 to 10^-0.3 times the last one's; on a tuning seed also at rates 0.003 and 0.01, "
+                "and with norm=true,depth=48"
             ),
         ),
         Experiment(
@@ -314,9 +313,8 @@ CARD = Card(
             higher_is_better=True,
             mechanism="signal",
             outcome=(
-                "no sign of it on one tuning seed, not run on five: accuracy stays at chance, 6.9 % in both arms "
-                "at learning rates 0.001, 0.003 and 0.01; CKA 0.40 to 0.76, the first layer's gradient 10^-10.2 "
-                "to 10^-0.1; nor with norm=true,depth=48 at 0.001 and 0.003 (9.3 % at best)"
+                "no evidence: accuracy stays at chance, 0.072 in both arms (n=5), although the first layer's gradient "
+                "grows from 10^-10.0 to 10^0.0 times the last one's"
             ),
         ),
     ),

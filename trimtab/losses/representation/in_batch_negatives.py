@@ -124,6 +124,7 @@ CARD = Card(
         "reference": (
             "tests/losses/representation/test_in_batch_negatives.py::"
             "test_is_the_cross_entropy_of_scores_with_diagonal_labels",
+            "tests/losses/representation/test_sentence_transformers_reference.py::test_equals_sentence_transformers",
         ),
     },
     deviations=(

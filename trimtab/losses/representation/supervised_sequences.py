@@ -177,8 +177,8 @@ CARD = Card(
             higher_is_better=True,
             mechanism="separation",
             outcome=(
-                "no evidence here: accuracy 76.7 % to 78.5 %, difference 1.9 points (95 % interval -18.1 to "
-                "21.8), n=3; separation of classes 0.61 to 0.25"
+                "no evidence: 0.749 to 0.779, difference 0.0298 (95 % interval -0.0441 to 0.104), n=5; "
+                "separation 0.595 to 0.267"
             ),
         ),
     ),

@@ -173,8 +173,8 @@ CARD = Card(
         "reference": ("tests/losses/robustness/test_annealed_rectification.py::test_equals_torch_on_probabilities",),
     },
     deviations=(
-        "The formula of l is recalled from equations 4 and 5; the ranges of tau and lambda and the attack on the "
-        "rectified loss are those that others who run the authors' code report.",
+        "The formulas of Q, l and P are those of the authors' code; the ranges of tau and lambda and the attack on the "
+        "rectified loss are those that others who run it report.",
         "The average of the weights and the attack are the caller's; the study has both.",
     ),
     experiments=(

@@ -64,11 +64,10 @@ def attention(*, causal: bool = True) -> nn.Module:
     return nn.Sequential(SelfAttention(WIDTH, HEADS, causal=causal))
 
 
-def block() -> nn.Module:
-    """Return a pre-LN block of torch's."""
-    return nn.Sequential(
-        nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True)
-    )
+def block(count: int = 1) -> nn.Module:
+    """Return pre-LN blocks of torch's."""
+    options = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+    return nn.Sequential(*(nn.TransformerEncoderLayer(WIDTH, HEADS, 4 * WIDTH, **options) for _ in range(count)))
 
 
 def mlp(width: int = 512) -> nn.Module:
@@ -176,11 +175,14 @@ def cases() -> list[Case]:
     )  # fmt: skip
     found += [
         Case(name, "a transformer block", "the same, pre-LN", on_tokens(applied(name, block)), on_tokens(block))
-        for name in ("peri-ln", "res-post-norm", "aside-adapters")
+        for name in ("peri-ln", "res-post-norm")
     ]
+    two = on_tokens(lambda: block(2))
+    adapted = on_tokens(applied("aside-adapters", lambda: block(2)))
+    found.append(Case("aside-adapters", "two transformer blocks, frozen", "all parameters trained", adapted, two))
     wide = on_tokens(mlp, width=512)
     for kind in ("low-rank", "block-shuffle", "block-dense"):
-        case = on_tokens(applied("structured-ffn", mlp, kind=kind), width=512)
+        case = on_tokens(applied("structured-ffn", mlp, kind=kind, keep_first=False), width=512)
         found.append(Case("structured-ffn", f"{kind}, MLP of width 512", "dense", case, wide))
     for width in (1024, 2048, 4096):
         make = applied("monarch", lambda width=width: dense(width))

@@ -243,3 +243,16 @@ def test_wrong_arguments_are_refused():
     meta = nn.Sequential(nn.Linear(64, 64, device="meta"))
     with pytest.raises(UsageError, match="'0' is on the meta device: apply it to the whole weight"):
         apply(meta, "monarch")
+
+
+def test_what_other_methods_put_on_a_linear_layer_is_kept():
+    torch.manual_seed(0)
+    model = LanguageModel(32, 16, layers=2)
+    apply(model, "res-post-norm")
+    x = torch.randint(32, (2, 8), generator=_generator())
+    changed = apply(model, "monarch", min_features=16).changes
+    normed = [name for name, module in model.named_modules() if "res_post_norm" in module._modules]
+    assert normed
+    assert not set(normed) & set(changed)
+    assert set(remove(model, "res-post-norm").changes) == set(normed)
+    assert model(x).isfinite().all()

@@ -153,9 +153,19 @@ def project_block_shuffle(
 
 
 def own_weight(model: nn.Module) -> set[int]:
-    """Return the ids of the plain nn.Linear modules of a model whose weight no other module shares."""
+    """Return the ids of the plain nn.Linear modules of a model that another module can replace.
+
+    No other module shares their weight, and nothing hangs on them: hooks and norms or gates that other methods have put
+    there would be lost with the module.
+    """
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    return {id(module) for module in model.modules() if type(module) is nn.Linear and owners[id(module.weight)] == 1}
+    return {
+        id(module)
+        for module in model.modules()
+        if type(module) is nn.Linear
+        and owners[id(module.weight)] == 1
+        and not (module._modules or module._forward_hooks or module._forward_pre_hooks)
+    }
 
 
 def check_whole(method: str, name: str, linear: nn.Linear) -> None:

@@ -9,6 +9,8 @@ Shape suffixes: B batch, L length, D width, H heads, K width of a key, V width o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -53,6 +55,14 @@ def split_chunks(x: Tensor, size: int) -> Tensor:
     """Cut [B, H, L, ...] into [B, H, N, size, ...], the last chunk filled up with zeros; at least one chunk."""
     missing = max(size, -(-x.shape[2] // size) * size) - x.shape[2]
     return F.pad(x, (0, 0) * (x.dim() - 3) + (0, missing)).unflatten(2, (-1, size))
+
+
+def along(dim: int, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Give the slices of tensors along a dimension, side by side.
+
+    Taken by index, each slice's gradient would fill a tensor as long as the sequence: cost would grow with its square.
+    """
+    return zip(*(tensor.unbind(dim) for tensor in tensors), strict=True)
 
 
 def check_shapes(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, tuple[Tensor, tuple[int, ...]]], chunk: int) -> None:

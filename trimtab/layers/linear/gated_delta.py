@@ -29,6 +29,7 @@ from trimtab.layers._self_attention import ConvertedAttention
 from trimtab.layers.linear._linear_attention import (
     GatedHeadNorm,
     ShortConvolution,
+    along,
     check_shapes,
     check_state,
     join_heads,
@@ -104,10 +105,11 @@ def gated_delta_rule(
         q = from_start * q
         k = k * decay[..., -1, :].unsqueeze(-1)
         outputs = []
-        for n in range(q.shape[2]):
-            u = fresh[:, :, n] - seen[:, :, n] @ state
-            outputs.append(q[:, :, n] @ state + inside[:, :, n] @ u)
-            state = from_start[:, :, n, -1:] * state + k[:, :, n].transpose(-1, -2) @ u
+        kept = from_start[..., -1:, :]
+        for q_n, k_n, fresh_n, seen_n, inside_n, kept_n in along(2, q, k, fresh, seen, inside, kept):
+            u = fresh_n - seen_n @ state
+            outputs.append(q_n @ state + inside_n @ u)
+            state = kept_n * state + k_n.transpose(-1, -2) @ u
         o = torch.stack(outputs, 2).flatten(2, 3)[:, :, :length]
     return o.to(dtype), state
 
@@ -147,12 +149,12 @@ def recurrent_gated_delta_rule(
         q, k, v, g, b = working(q, k, v, log_alpha, beta)
         state = check_state(initial_state, k, v)
         outputs = [v[:, :, :0]]
-        for t in range(q.shape[2]):
-            key = k[:, :, t].unsqueeze(-2)
-            state = g[:, :, t, None, None].exp() * state
-            u = b[:, :, t, None, None] * (v[:, :, t].unsqueeze(-2) - key @ state)
+        for q_t, k_t, v_t, g_t, b_t in along(2, q, k, v, g, b):
+            key = k_t.unsqueeze(-2)
+            state = g_t[..., None, None].exp() * state
+            u = b_t[..., None, None] * (v_t.unsqueeze(-2) - key @ state)
             state = state + key.transpose(-1, -2) @ u
-            outputs.append(q[:, :, t].unsqueeze(-2) @ state)
+            outputs.append(q_t.unsqueeze(-2) @ state)
         return torch.cat(outputs, 2).to(dtype), state
 
 

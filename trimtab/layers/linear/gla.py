@@ -30,6 +30,7 @@ from trimtab.layers._self_attention import ConvertedAttention
 from trimtab.layers.linear._linear_attention import (
     GatedHeadNorm,
     ShortConvolution,
+    along,
     check_shapes,
     check_state,
     join_heads,
@@ -97,9 +98,9 @@ def gated_linear_attention(
         added = k.transpose(-1, -2) @ v.flatten(3, 4)
         kept = total.sum(3).exp().unsqueeze(-1)
         carried = []
-        for n in range(q.shape[2]):
-            carried.append(q[:, :, n] @ state)
-            state = kept[:, :, n] * state + added[:, :, n]
+        for q_n, kept_n, added_n in along(2, q, kept, added):
+            carried.append(q_n @ state)
+            state = kept_n * state + added_n
         o = (o + torch.stack(carried, 2)).flatten(2, 3)[:, :, :length]
     return o.to(dtype), state
 
@@ -150,9 +151,9 @@ def recurrent_gated_linear_attention(
         q, k, v, g = working(q, k, v, log_alpha)
         state = check_state(initial_state, k, v)
         outputs = [v[:, :, :0]]
-        for t in range(q.shape[2]):
-            state = g[:, :, t].exp().unsqueeze(-1) * state + k[:, :, t].unsqueeze(-1) * v[:, :, t].unsqueeze(-2)
-            outputs.append(q[:, :, t].unsqueeze(-2) @ state)
+        for q_t, k_t, v_t, g_t in along(2, q, k, v, g):
+            state = g_t.exp().unsqueeze(-1) * state + k_t.unsqueeze(-1) * v_t.unsqueeze(-2)
+            outputs.append(q_t.unsqueeze(-2) @ state)
         return torch.cat(outputs, 2).to(dtype), state
 
 

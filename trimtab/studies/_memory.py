@@ -16,6 +16,7 @@ class PeakMemory(TorchDispatchMode):
     Tensors from before are not counted, nor is what an operation needs for itself while it runs.
 
     Example:
+        >>> import torch
         >>> with PeakMemory() as memory:
         ...     for _ in range(3):
         ...         x = torch.ones(256)

@@ -18,6 +18,7 @@ import copy
 import itertools
 import math
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -235,7 +236,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--folder", default="/tmp/trimtab-hypernetwork")
+    parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "trimtab-hypernetwork"))
     parser.add_argument("--develop", action="store_true")
     options = parser.parse_args()
     one_thread()

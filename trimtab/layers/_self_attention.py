@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
+from trimtab.layers._sharding import is_sharded
 
 _TIMM = ("timm.models.vision_transformer.Attention", "timm.layers.attention.Attention")
 
@@ -171,11 +172,6 @@ def check_unsharded(modules: Mapping[str, nn.Module], method: str) -> None:
             raise UsageError(f"{method}: {name!r} is sharded already: apply it before fully_shard.")
 
 
-def is_sharded(module: nn.Module) -> bool:
-    """Return whether a module has parameters that FSDP2 or tensor parallelism has sharded."""
-    return any(hasattr(parameter, "full_tensor") for parameter in module.parameters())
-
-
 def converted(model: nn.Module, kind: type[ConvertedAttention]) -> dict[str, ConvertedAttention]:
     """Return the modules of a model that became a `kind`, by name, in order."""
     return {
@@ -183,6 +179,14 @@ def converted(model: nn.Module, kind: type[ConvertedAttention]) -> dict[str, Con
         for name, module in model.named_modules()
         if type(module) is kind and "_original" in module.__dict__
     }
+
+
+def revert_all(model: nn.Module, kind: type[ConvertedAttention], what: str) -> dict[str, str]:
+    """Turn the modules of a model that became a `kind` back, in place, and say `what` each is then."""
+    found = converted(model, kind)
+    for module in found.values():
+        module.revert()
+    return dict.fromkeys(found, what)
 
 
 def _is_convertible(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
+from trimtab.layers._self_attention import ConvertedAttention, attentions, revert_all
 
 __all__ = ["CosineAttention", "scaled_cosine_attention"]
 
@@ -177,10 +177,7 @@ def _apply(model: nn.Module, *, scale: float = 10.0, max_scale: float = 100.0) -
 
 def _remove(model: nn.Module) -> dict[str, str]:
     """Turn the attention back into what it was: dot products over sqrt(K)."""
-    found = converted(model, CosineAttention)
-    for module in found.values():
-        module.revert()
-    return dict.fromkeys(found, "logits = q·k / sqrt(K) again")
+    return revert_all(model, CosineAttention, "logits = q·k / sqrt(K) again")
 
 
 CARD = Card(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
+from trimtab.layers._self_attention import ConvertedAttention, attentions, revert_all
 
 __all__ = ["SparseGIN", "sparse_adjacency"]
 
@@ -226,10 +226,7 @@ def _apply(
 
 def _remove(model: nn.Module) -> dict[str, str]:
     """Take the graph networks out again."""
-    sites = converted(model, _SparseGINAttention)
-    for module in sites.values():
-        module.revert()
-    return dict.fromkeys(sites, "attention without a graph network")
+    return revert_all(model, _SparseGINAttention, "attention without a graph network")
 
 
 CARD = Card(

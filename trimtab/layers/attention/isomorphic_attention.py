@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
+from trimtab.layers._self_attention import ConvertedAttention, attentions, revert_all
 
 __all__ = ["GINAttention", "GINCore"]
 
@@ -200,10 +200,7 @@ def _apply(
 
 def _remove(model: nn.Module) -> dict[str, str]:
     """Put softmax attention back."""
-    sites = converted(model, _ConvertedGIN)
-    for module in sites.values():
-        module.revert()
-    return dict.fromkeys(sites, "softmax attention again")
+    return revert_all(model, _ConvertedGIN, "softmax attention again")
 
 
 CARD = Card(

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
+from trimtab.layers._self_attention import ConvertedAttention, attentions, revert_all
 
 __all__ = ["LongShortAttention", "windowed_attention"]
 
@@ -184,10 +184,7 @@ def _apply(model: nn.Module, *, window: int = 16, long_heads: int = 1) -> dict[s
 
 def _remove(model: nn.Module) -> dict[str, str]:
     """Let all heads see everything again: the structure is as before `apply`."""
-    found = converted(model, LongShortAttention)
-    for module in found.values():
-        module.revert()
-    return dict.fromkeys(found, "all heads see everything")
+    return revert_all(model, LongShortAttention, "all heads see everything")
 
 
 CARD = Card(

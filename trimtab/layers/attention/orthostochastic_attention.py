@@ -17,14 +17,15 @@ Shape suffixes: B batch, L length, D width, H heads, K width of a head.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
+from trimtab.layers._self_attention import ConvertedAttention, revert_all
+from trimtab.layers.attention._doubly_stochastic import check_not_causal, convert_encoders
 
 __all__ = ["QRAttention", "qr_doubly_stochastic"]
 
@@ -105,11 +106,7 @@ class QRAttention(ConvertedAttention):
             UsageError: if it breaks its rule, or the attention is causal.
         """
         _check(shift)
-        if self.causal:
-            raise UsageError(
-                "qr-attention: this attention is causal, and the only doubly stochastic matrix without a future is "
-                "the identity: use it in encoders."
-            )
+        check_not_causal("qr-attention", {"this attention": self})
         self.shift = shift
 
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, x_BLD: Tensor) -> Tensor:
@@ -139,23 +136,13 @@ def _check(shift: float) -> None:
 
 def _apply(model: torch.nn.Module, *, shift: float = 1.0) -> dict[str, str]:
     """Give every attention that is recognised a doubly stochastic matrix by QR; the option is that of `QRAttention`."""
-    found: dict[str, Any] = attentions(model, "qr-attention")
-    if name := next((name for name, module in found.items() if getattr(module, "causal", False)), None):
-        raise UsageError(
-            f"qr-attention: {name!r} is causal, and the only doubly stochastic matrix without a future is the "
-            "identity: use it in encoders."
-        )
-    for module in found.values():
-        QRAttention.convert(module, shift=shift)
+    found = convert_encoders(model, "qr-attention", QRAttention, shift=shift)
     return dict.fromkeys(found, f"squared orthogonal factor in place of the softmax, shift = {shift}")
 
 
 def _remove(model: torch.nn.Module) -> dict[str, str]:
     """Put the softmax back: the structure is as before `apply`."""
-    found = converted(model, QRAttention)
-    for module in found.values():
-        module.revert()
-    return dict.fromkeys(found, "softmax again")
+    return revert_all(model, QRAttention, "softmax again")
 
 
 CARD = Card(

@@ -15,14 +15,15 @@ Shape suffixes: B batch, L length, D width, H heads, K width of a head.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention, attentions, converted
+from trimtab.layers._self_attention import ConvertedAttention, revert_all
+from trimtab.layers.attention._doubly_stochastic import check_not_causal, convert_encoders
 
 __all__ = ["SinkhornAttention", "sinkhorn"]
 
@@ -97,11 +98,7 @@ class SinkhornAttention(ConvertedAttention):
             UsageError: if one breaks its rule, or the attention is causal.
         """
         _check(n_iters, eps)
-        if self.causal:
-            raise UsageError(
-                "sinkhorn-attention: this attention is causal, and the only doubly stochastic matrix without a future "
-                "is the identity: use it in encoders."
-            )
+        check_not_causal("sinkhorn-attention", {"this attention": self})
         self.n_iters, self.eps = n_iters, eps
 
     def attend(self, q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, x_BLD: Tensor) -> Tensor:
@@ -124,23 +121,13 @@ def _check(n_iters: int, eps: float) -> None:
 
 def _apply(model: torch.nn.Module, *, n_iters: int = 3, eps: float = 1.0) -> dict[str, str]:
     """Normalise every attention that is recognised by Sinkhorn's steps; options as those of `SinkhornAttention`."""
-    found: dict[str, Any] = attentions(model, "sinkhorn-attention")
-    if name := next((name for name, module in found.items() if getattr(module, "causal", False)), None):
-        raise UsageError(
-            f"sinkhorn-attention: {name!r} is causal, and the only doubly stochastic matrix without a future is the "
-            "identity: use it in encoders."
-        )
-    for module in found.values():
-        SinkhornAttention.convert(module, n_iters=n_iters, eps=eps)
+    found = convert_encoders(model, "sinkhorn-attention", SinkhornAttention, n_iters=n_iters, eps=eps)
     return dict.fromkeys(found, f"{n_iters} Sinkhorn steps in place of the softmax, eps = {eps}")
 
 
 def _remove(model: torch.nn.Module) -> dict[str, str]:
     """Put the softmax back: the structure is as before `apply`."""
-    found = converted(model, SinkhornAttention)
-    for module in found.values():
-        module.revert()
-    return dict.fromkeys(found, "softmax again")
+    return revert_all(model, SinkhornAttention, "softmax again")
 
 
 CARD = Card(

@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
+from trimtab.layers._sharding import is_sharded
 from trimtab.layers.growth._lossless_stream import (
     NORMS,
     Draw,
@@ -97,7 +98,7 @@ def lossless_expand(
         raise UsageError(f"std must be at least 0, got {std}: 0.02 is the default.")
     if any(parameter.is_meta for parameter in model.parameters()):
         raise UsageError("the model is on the meta device: expand it once it has weights.")
-    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+    if is_sharded(model):
         raise UsageError("the model is sharded already: expand it before fully_shard.")
     if any(parametrize.is_parametrized(module) for module in model.modules()):
         raise UsageError("the model has parametrized weights: remove their methods first, and apply them again after.")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trimtab.card import Card, Default, Paper
 from trimtab.errors import UsageError, choose
 from trimtab.layers._attention_sites import _used_without_call
+from trimtab.layers._sharding import is_sharded
 from trimtab.layers.initialization._infinite_shape import (
     MupShape,
     biases,
@@ -105,7 +106,7 @@ def apply_mup(
         raise UsageError(f"output_mult must be above 0, got {output_mult}: 1 is the default.")
     if any(_RECORD in vars(part) for part in model.modules()):
         raise UsageError("mup: the model is in muP already: build it anew, or load its weights into it.")
-    if any(hasattr(p, "full_tensor") for p in model.parameters()):
+    if is_sharded(model):
         raise UsageError("mup: the model is sharded already: apply it before fully_shard.")
     if (rescale or readout_zero_init or query_zero_init) and any(p.is_meta for p in model.parameters()):
         raise UsageError("mup: the model has no weights yet: build it off the meta device, or pass rescale=False.")

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, SelfAttention, attentions, converted
+from trimtab.layers._self_attention import LOOKED_FOR, ConvertedAttention, SelfAttention, attentions
 
 
 def working(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -74,6 +74,11 @@ def check_shapes(q: Tensor, k: Tensor, v: Tensor, gates: dict[str, tuple[Tensor,
     for name, (gate, shape) in gates.items():
         if tuple(gate.shape) != shape:
             raise UsageError(f"{name} must have shape {shape}, got {tuple(gate.shape)}.")
+    check_chunk(chunk)
+
+
+def check_chunk(chunk: int) -> None:
+    """Raise a UsageError unless a chunk has at least one place."""
     if chunk < 1:
         raise UsageError(f"chunk must be at least 1, got {chunk}: 64 is the default.")
 
@@ -176,14 +181,6 @@ def swap_attention(
     for module in sites.values():
         kind.convert(module, **options)
     return dict.fromkeys(sites, what)
-
-
-def restore_attention(model: nn.Module, kind: type[ConvertedAttention]) -> dict[str, str]:
-    """Turn what `swap_attention` changed back, in place."""
-    sites = converted(model, kind)
-    for module in sites.values():
-        module.revert()
-    return dict.fromkeys(sites, "softmax attention again")
 
 
 def like(module: SelfAttention) -> dict[str, object]:

@@ -24,17 +24,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
-from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention
+from trimtab.layers._self_attention import ConvertedAttention, revert_all
 from trimtab.layers.linear._linear_attention import (
     GatedHeadNorm,
     ShortConvolution,
     along,
+    check_chunk,
     check_shapes,
     check_state,
     join_heads,
     like,
-    restore_attention,
     span_sums,
     split_chunks,
     split_heads,
@@ -228,8 +227,7 @@ class GatedDeltaNet(nn.Module):
     ) -> None:
         super().__init__()
         keys, values = widths(width, heads, expand_k, expand_v)
-        if chunk < 1:
-            raise UsageError(f"chunk must be at least 1, got {chunk}: 64 is the default.")
+        check_chunk(chunk)
         self.num_heads, self.chunk = heads, chunk
         self.sizes = (keys, keys, values)
         self.q_proj = nn.Linear(width, keys, bias=False)
@@ -264,8 +262,7 @@ class _ConvertedDelta(ConvertedAttention):
 
     def setup(self, *, short_conv: int, chunk: int, eps: float) -> None:
         """Add convolution, gates and norm."""
-        if chunk < 1:
-            raise UsageError(f"chunk must be at least 1, got {chunk}: 64 is the default.")
+        check_chunk(chunk)
         where: dict[str, Any] = like(self)
         width = self.num_heads * self.head_dim
         conv, norm = ShortConvolution(3 * width, short_conv, **where), GatedHeadNorm(self.head_dim, eps, **where)
@@ -289,7 +286,7 @@ def _apply(model: nn.Module, *, short_conv: int = 4, chunk: int = 64, eps: float
 
 def _remove(model: nn.Module) -> dict[str, str]:
     """Put softmax attention back."""
-    return restore_attention(model, _ConvertedDelta)
+    return revert_all(model, _ConvertedDelta, "softmax attention again")
 
 
 CARD = Card(

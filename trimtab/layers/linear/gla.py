@@ -26,17 +26,17 @@ from torch import Tensor, nn
 
 from trimtab.card import Card, Default, Experiment, Paper
 from trimtab.errors import UsageError
-from trimtab.layers._self_attention import ConvertedAttention
+from trimtab.layers._self_attention import ConvertedAttention, revert_all
 from trimtab.layers.linear._linear_attention import (
     GatedHeadNorm,
     ShortConvolution,
     along,
+    check_chunk,
     check_shapes,
     check_state,
     join_heads,
     like,
     prefix_sums,
-    restore_attention,
     span_sums,
     split_chunks,
     split_heads,
@@ -221,8 +221,7 @@ class GatedLinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         keys, values = widths(width, heads, expand_k, expand_v)
-        if chunk < 1:
-            raise UsageError(f"chunk must be at least 1, got {chunk}: 64 is the default.")
+        check_chunk(chunk)
         self.num_heads, self.chunk = heads, chunk
         self.sizes = (keys, keys, values)
         self.q_proj = nn.Linear(width, keys, bias=False)
@@ -262,8 +261,7 @@ class _ConvertedGLA(ConvertedAttention):
         where: dict[str, Any] = like(self)
         width = self.num_heads * self.head_dim
         gate, norm = _Gate(width, width, gate_rank, tau, **where), GatedHeadNorm(self.head_dim, eps, **where)
-        if chunk < 1:
-            raise UsageError(f"chunk must be at least 1, got {chunk}: 64 is the default.")
+        check_chunk(chunk)
         self.gla_gate, self.gla_norm, self.chunk = gate, norm, chunk
         self.gla_output_gate = nn.Linear(width, width, bias=False, **where)
 
@@ -285,7 +283,7 @@ def _apply(
 
 def _remove(model: nn.Module) -> dict[str, str]:
     """Put softmax attention back."""
-    return restore_attention(model, _ConvertedGLA)
+    return revert_all(model, _ConvertedGLA, "softmax attention again")
 
 
 CARD = Card(

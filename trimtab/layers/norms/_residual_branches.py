@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import UsageError
+from trimtab.layers._sharding import is_sharded
 
 LAYOUTS: tuple[tuple[tuple[str, str], ...], ...] = (
     (("norm1", "attention"), ("norm2", "mlp")),
@@ -82,7 +83,7 @@ def residual_branches(model: nn.Module, method: str) -> list[Branch]:
     if not found:
         raise UsageError(f"{method}: no pre-norm block was found in {type(model).__name__}. Looked for {LOOKED_FOR}.")
     for branch in found:
-        if any(hasattr(parameter, "full_tensor") for parameter in branch.module.parameters()):
+        if is_sharded(branch.module):
             raise UsageError(f"{method}: {branch.block!r} is sharded already: apply it before fully_shard.")
     owners: dict[int, str] = {}
     for branch in found:

@@ -12,6 +12,7 @@ import pytest
 from trimtab.card import Card, Experiment, Paper
 from trimtab.compare import compare_study, reproduce, study_function, study_options
 from trimtab.errors import RunFailedError, UsageError
+from trimtab.studies.preferences import pairs
 from trimtab.studies.running import run
 
 STUDY = "trimtab.studies.preferences:pairs"
@@ -30,6 +31,10 @@ def test_arms_are_paired_over_seeds(tmp_path: Path) -> None:
     assert found.seeds == (0, 1)
     assert [len(runs) for runs in found.values] == [2, 2]
     baseline, treated = ([metrics["chosen_log_prob"] for metrics in runs] for runs in found.values)
+    # Each arm and seed has the values of its own options.
+    for values, loss in ((baseline, "dpo"), (treated, "iterative-rpo")):
+        own = [pairs(seed, loss=loss, steps=3)["chosen_log_prob"] for seed in (0, 1)]
+        assert values == pytest.approx(own, rel=1e-4)
     pair = found.pairs[arms[1]]
     assert pair.n == 2
     assert pair.mean == pytest.approx((treated[0] - baseline[0] + treated[1] - baseline[1]) / 2)
